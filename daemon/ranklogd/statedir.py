@@ -1,0 +1,61 @@
+"""The daemon's state directory: its rooms and what a file in each of them asks for.
+
+    lock                     flock of the one daemon that owns this directory
+    wal/<first>.open         being written;  wal/<first>-<last>.wal   sealed: "convert me"
+    outbox/<segment>.tmp/    being built, removed at start
+    outbox/<segment>/<key>   shards of one segment: "upload me"; the path below is the object key
+    cache/<key>              uploaded and verified shards, kept for local readers until retention removes them
+    quarantine/              originals of what could not be read, with a .reason beside each; never deleted by the daemon
+    reserve                  bytes given back when the disk is full, so that deletes and renames still work
+    shipper.json             the shipper's counters, replaced whole; rebuilt at any time
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class StateDir:
+    """Paths of one daemon's state."""
+
+    root: Path
+
+    @property
+    def lock(self) -> Path:
+        """The lock file."""
+        return self.root / "lock"
+
+    @property
+    def wal(self) -> Path:
+        """Open and sealed segments."""
+        return self.root / "wal"
+
+    @property
+    def outbox(self) -> Path:
+        """Shards to upload, in a directory for each segment."""
+        return self.root / "outbox"
+
+    @property
+    def cache(self) -> Path:
+        """Verified shards."""
+        return self.root / "cache"
+
+    @property
+    def quarantine(self) -> Path:
+        """Evidence of damage."""
+        return self.root / "quarantine"
+
+    @property
+    def reserve(self) -> Path:
+        """The reserve file."""
+        return self.root / "reserve"
+
+    @property
+    def shipper_report(self) -> Path:
+        """The shipper's counters."""
+        return self.root / "shipper.json"
+
+    @property
+    def rooms(self) -> tuple[Path, ...]:
+        """The directories to create at start."""
+        return (self.wal, self.outbox, self.cache, self.quarantine)

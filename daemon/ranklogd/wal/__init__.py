@@ -1,0 +1,1 @@
+"""The write-ahead log: `segment` is the format, `log` appends, syncs and rolls, `recover` reads it back at start."""
