@@ -115,3 +115,35 @@ def open_untrusted(path: Path) -> int:
         kind = "not a regular file" if not stat.S_ISREG(info.st_mode) else f"it has {info.st_nlink} names (hard link)"
         raise OSError(errno.EPERM, f"refused: {kind}", str(path))
     return fd
+
+
+_NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV})
+
+
+def publish_new(temporary: Path, target: Path) -> None:
+    """Give a finished, synced file its name unless that is taken (FileExistsError); not durable before a sync_dir.
+
+    `temporary` may remain as a second name of the file: the caller unlinks it.
+    """
+    try:
+        os.link(temporary, target)  # The one call that creates a name only if it is free, on every filesystem.
+    except OSError as exc:
+        if exc.errno not in _NO_LINKS:
+            raise
+        # A filesystem without hard links: here two who put other bytes under one name at one moment could collide.
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from exc
+        os.rename(temporary, target)
+
+
+def remove_empty_dirs(path: Path) -> bool:
+    """Remove a directory and those below it unless a file lies in them; return whether `path` is gone now."""
+    try:
+        with os.scandir(path) as entries:
+            children = [(Path(entry.path), entry.is_dir(follow_symlinks=False)) for entry in entries]
+    except FileNotFoundError:
+        return True
+    left = [child for child, is_dir in children if not (is_dir and remove_empty_dirs(child))]
+    if not left:
+        path.rmdir()
+    return not left

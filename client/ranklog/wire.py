@@ -5,7 +5,8 @@ nobody on the way decodes.
 
     to the daemon                                                      body
     [1, version_min, version_max, writer, base]            HELLO       the start frame
-    [2, writer, first_seq, count, crc32]                   BATCH       frames first_seq … first_seq + count - 1
+    [2, writer, first_seq, count, crc32, last]             BATCH       frames first_seq … first_seq + count - 1;
+                                                                       last: the end record is among them
     [3, token]                                             PING
     [4, token]                                             STATUS
     [5, token, wait, deadline_s]                           FLUSH       wait: 0 durable, 1 sealed, 2 uploaded
@@ -95,7 +96,7 @@ class Code(IntEnum):
 _ID = bytes
 _FIELDS: dict[Type, tuple[type | tuple[type, ...], ...]] = {
     Type.HELLO: (int, int, _ID, int),
-    Type.BATCH: (_ID, int, int, int),
+    Type.BATCH: (_ID, int, int, int, bool),
     Type.PING: (int,),
     Type.STATUS: (int,),
     Type.FLUSH: (int, int, (int, float)),

@@ -2,9 +2,11 @@
 
     lock                     flock of the one daemon that owns this directory
     wal/<first>.open         being written;  wal/<first>-<last>.wal   sealed: "convert me"
+    wal/<first>-<last>.tries how its conversion fared so far; removed with the segment
     outbox/<segment>.tmp/    being built, removed at start
     outbox/<segment>/<key>   shards of one segment: "upload me"; the path below is the object key
     cache/<key>              uploaded and verified shards, kept for local readers until retention removes them
+    deadletter/<key>         shards the store will never take, with a .reason beside each; sent again on request only
     quarantine/              originals of what could not be read, with a .reason beside each; never deleted by the daemon
     reserve                  bytes given back when the disk is full, so that deletes and renames still work
     shipper.json             the shipper's counters, replaced whole; rebuilt at any time
@@ -41,6 +43,11 @@ class StateDir:
         return self.root / "cache"
 
     @property
+    def deadletter(self) -> Path:
+        """Shards refused for good, by key."""
+        return self.root / "deadletter"
+
+    @property
     def quarantine(self) -> Path:
         """Evidence of damage."""
         return self.root / "quarantine"
@@ -58,4 +65,4 @@ class StateDir:
     @property
     def rooms(self) -> tuple[Path, ...]:
         """The directories to create at start."""
-        return (self.wal, self.outbox, self.cache, self.quarantine)
+        return (self.wal, self.outbox, self.cache, self.deadletter, self.quarantine)

@@ -1,15 +1,25 @@
 """The Store protocol: what the uploader and the readers need of an object store, a contract for each method.
 
-One conformance suite (tests/client/test_store_contract.py) runs against every implementation.
+One conformance suite (tests/client/test_store_contract.py) runs against every implementation. Objects are immutable:
+a key, once taken, keeps its bytes until it is deleted. Listing by prefix is the only index.
+
+A new kind of store is one module with a function `open_url(url) -> Store` and one line in `_MODULES`. It is imported
+only when a URL asks for it, so a directory store never loads a network library.
 """
 
 import importlib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
-from urllib.parse import unquote, urlsplit
 
 from ranklog.errors import StoreError, UsageError
+
+KEY_SIZE_MAX = 1024
+"""UTF-8 bytes of a key: the smallest limit among the stores we know."""
+
+_PART_SIZE_MAX = 255  # What a directory entry may be long on every filesystem we know.
+_BAD_CHARACTER = re.compile(r"[\x00-\x1f\x7f\\]")
 
 
 class ObjectInfo(NamedTuple):
@@ -27,45 +37,81 @@ class Upload(NamedTuple):
 
 
 class Store(Protocol):
-    """A place for immutable objects. Keys are those of `ranklog.layout`; every method raises StoreError."""
+    """A place for immutable objects. Every method raises StoreError, and nothing else, for what goes wrong outside.
+
+    Keys are those of `ranklog.layout`, or any other that `check_key` lets pass; any other is a permanent StoreError.
+    """
 
     url: str
-    """What `open_store` was given, for messages."""
+    """Names this store in messages; `open_store` of it finds the same objects."""
 
     def put(self, uploads: Sequence[Upload]) -> dict[str, StoreError | None]:
-        """Store each file at its key; return what became of each: None for success.
+        """Store each file at its key; return what became of each: None for success. A key may stand there only once.
 
         Idempotent: the same bytes at the same key succeed again, for after a crash the same shard is put again. Other
         bytes at an existing key are a permanent error; nothing is overwritten. An object appears whole or not at
-        all, and once this returned None for it, it survives a power cut of the store.
+        all, and once this returned None for it, it survives a power cut of the store. One file's error leaves the
+        others alone; StoreError is raised only where the call failed as a whole.
         """
 
     def head(self, key: str) -> ObjectInfo | None:
         """Return the object's size as the store reports it, or None if there is no such object."""
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Yield every object whose key starts with `prefix`, sorted by key; half-written ones never appear."""
+        """Yield every object whose key starts with `prefix` (a plain string, "" for all), sorted by key.
+
+        Half-written objects never appear. One that is put or deleted meanwhile may appear or not.
+        """
 
     def get(self, key: str, target: Path) -> None:
-        """Write the object's bytes to `target`, which appears whole or not at all; raises if there is no such object."""
+        """Write the object's bytes to `target`, replacing it; it appears whole or not at all.
+
+        A permanent StoreError if there is no such object; `target` is then left as it was.
+        """
 
     def delete(self, keys: Sequence[str]) -> None:
-        """Remove the objects; those that are gone already are no error."""
+        """Remove the objects, durably; those that are gone already are no error. Raises after having tried them all."""
 
 
-_KINDS = {"": "ranklog.stores.dir:DirStore", "file": "ranklog.stores.dir:DirStore"}
-"""URL scheme -> module:class. A class takes the URL and whether it may write."""
+def check_key(key: str) -> None:
+    """Raise a permanent StoreError for a key that some store could not hold, or that leaves the store's root."""
+    encoded = key.encode("utf-8", "replace")
+    parts = key.split("/")
+    if not key or len(encoded) > KEY_SIZE_MAX:
+        reason = f"it is {len(encoded)} bytes long; the limit is 1..{KEY_SIZE_MAX}"
+    elif _BAD_CHARACTER.search(key) or encoded.decode() != key:
+        reason = "it holds a control character, a backslash or half a character"
+    elif "" in parts:
+        reason = "it starts or ends with a slash, or has two in a row"
+    elif any(part.startswith(".") for part in parts):
+        reason = "a part of it starts with a dot"
+    elif any(len(part.encode("utf-8", "replace")) > _PART_SIZE_MAX for part in parts):
+        reason = f"a part of it is longer than {_PART_SIZE_MAX} bytes"
+    else:
+        return
+    raise StoreError(f"object key {key[:200]!r} is refused: {reason}", permanent=True)
+
+
+_MODULES = {"": "ranklog.stores.dir", "file": "ranklog.stores.dir"}
+"""URL scheme -> the module whose `open_url(url)` makes the store; "" is a plain path."""
+
+
+def url_scheme(url: str) -> str:
+    """Return a store URL's scheme, "" for a plain path, without any I/O; raises UsageError if no store goes by it."""
+    if not url or "\0" in url:
+        raise UsageError(f"store URL {url!r} names no place; give a directory, for example /data/ranklog")
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", url)
+    scheme = match[1].lower() if match else ""
+    if scheme not in _MODULES:
+        known = ", ".join(f"{name}://" for name in _MODULES if name)
+        raise UsageError(
+            f"store URL {url!r}: scheme {scheme!r} is not known. Use a directory or {known} "
+            f"(a directory that is really named like this: ./{url})"
+        )
+    return scheme
 
 
 def open_store(url: str) -> Store:
-    """Return the store a URL names: a directory path or file:// URL; raises UsageError for anything else."""
-    parts = urlsplit(url)
-    if parts.scheme not in _KINDS:
-        known = ", ".join(f"{scheme}://" for scheme in _KINDS if scheme)
-        raise UsageError(f"store URL {url!r}: scheme {parts.scheme!r} is not known; use a directory path or {known}")
-    if not url or (parts.scheme == "file" and parts.netloc not in ("", "localhost")):
-        raise UsageError(f"store URL {url!r} names no local directory; write file:///absolute/path or a plain path")
-    module, _, name = _KINDS[parts.scheme].partition(":")
-    path = unquote(parts.path) if parts.scheme else url
-    store: Store = getattr(importlib.import_module(module), name)(Path(path).expanduser().absolute())
+    """Return the store a URL names: a directory or file:// URL; raises UsageError for anything else. Does no I/O."""
+    store: Store = importlib.import_module(_MODULES[url_scheme(url)]).open_url(url)
     return store

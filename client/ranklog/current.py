@@ -1,0 +1,230 @@
+"""`init()` and the module-level functions: the one run that this process is in.
+
+`init()` does no network I/O and never waits for the daemon: it decides who this process is, creates a journal file and
+starts the sender thread. Calling it again finishes the run before; a notebook re-runs its first cell all day.
+"""
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ranklog import places
+from ranklog.config import Settings
+from ranklog.errors import RanklogError, UsageError
+from ranklog.identity import Identity, identify, pid_namespace, process_start, this_machine
+from ranklog.lifecycle import lifecycle
+from ranklog.run import FLUSH_TIMEOUT_S, Config, Run
+from ranklog.shield import say, shielded, warn
+from ranklog.start import NAME_SIZE_MAX, Start
+from ranklog.version import __version__
+from ranklog.writer import Places, Writer
+
+MODES = ("online", "offline", "disabled")
+RESUME = ("allow", "must", "never", "auto", None, True, False)
+NOTES_SIZE_MAX = 16 << 10
+TAGS_MAX = 64
+
+
+class _Current:
+    """Holds the current run, if any."""
+
+    run: Run | None = None
+
+
+_current = _Current()
+
+
+@shielded(None, usage_errors=True)
+def _init(
+    project: str | None = None,
+    name: str | None = None,
+    *,
+    config: Mapping[str, Any] | None = None,
+    group: str | None = None,
+    job_type: str | None = None,
+    tags: list[str] | tuple[str, ...] | None = None,
+    notes: str | None = None,
+    id: str | None = None,  # noqa: A002 - the name users know
+    resume: str | bool | None = "allow",
+    mode: str | None = None,
+    dir: str | Path | None = None,  # noqa: A002 - the name users know
+    rank: int | None = None,
+    role: str | None = None,
+    **unknown: Any,
+) -> Run | None:
+    settings = Settings.from_env()
+    mode = mode or settings.mode
+    if mode not in MODES:
+        raise UsageError(f"init(mode={mode!r}): use one of {', '.join(MODES)}")
+    if resume not in RESUME:
+        raise UsageError(f"init(resume={resume!r}): use 'allow', 'must' or 'never'")
+    if unknown:
+        warn(f"init() does not know {', '.join(sorted(unknown))}; ignored")
+    if _current.run is not None:
+        _current.run.finish(wait=None)
+    identity = identify(
+        os.environ, project=project or settings.project, name=name or settings.name, id=id, rank=rank, role=role, machine=this_machine(),
+    )  # fmt: skip
+    if identity.warning and identity.is_local_rank0:
+        warn(identity.warning)
+    start = _start(identity, mode, group=group, job_type=job_type, tags=tags, notes=notes)
+    loud = identity.is_local_rank0 and not settings.quiet and mode != "disabled"
+
+    def open_writer(start: Start) -> Writer | None:
+        return None if mode == "disabled" else _open_writer(start, settings, mode, dir)
+
+    def on_finish(run: Run, complete: bool) -> None:  # noqa: FBT001
+        lifecycle.remove(run)
+        if _current.run is run:
+            _current.run = None
+        if loud:
+            say(_finished_line(run, complete, mode))
+
+    run = Run(start, open_writer, on_finish)
+    _current.run = run
+    lifecycle.add(run)
+    if loud:
+        say(_started_line(run, identity, settings, mode))
+    if config:
+        run.config.update(config)
+    return run
+
+
+def init(*args: Any, **kwargs: Any) -> Run:
+    """Start a run in this process, on every rank, and return it. Takes the arguments of `ranklog.init`, see README.
+
+    Raises UsageError for an argument it cannot use; anything else that goes wrong costs one warning and gives a run
+    that drops its records.
+    """
+    run = _init(*args, **kwargs)
+    return run if run is not None else Run(Start(writer="0" * 32, project="", run=""), lambda _: None, lambda *_: None)
+
+
+def _start(identity: Identity, mode: str, *, group: str | None, job_type: str | None, tags: Any, notes: str | None) -> Start:
+    pid = os.getpid()
+    machine = this_machine()
+    return Start(
+        writer=os.urandom(16).hex(),
+        project=identity.project,
+        run=identity.run,
+        name=identity.name,
+        group=_fit("group", group),
+        job_type=_fit("job_type", job_type),
+        tags=[_fit("tag", str(tag)) for tag in list(tags or [])[:TAGS_MAX]],
+        notes=_fit("notes", notes, NOTES_SIZE_MAX),
+        rank=identity.rank,
+        local_rank=identity.local_rank,
+        world_size=identity.world_size,
+        local_world_size=identity.local_world_size,
+        node_rank=identity.node_rank,
+        role=identity.role,
+        node=identity.node,
+        attempt=identity.attempt,
+        pid=pid,
+        pid_start=process_start(pid) or 0,
+        pid_ns=pid_namespace() or 0,
+        boot=machine.boot_id,
+        mode=mode,
+        client=__version__,
+        wall_ns=time.time_ns(),
+    )
+
+
+def _fit(what: str, text: str | None, size_max: int = NAME_SIZE_MAX) -> str:
+    """Return `text` cut to `size_max` UTF-8 bytes, with one warning if it had to be."""
+    raw = str(text or "").encode("utf-8", "replace")
+    if len(raw) > size_max:
+        warn(f"init({what}=…): {len(raw)} bytes; the limit is {size_max}: cut")
+    return raw[:size_max].decode("utf-8", "ignore")
+
+
+def _open_writer(start: Start, settings: Settings, mode: str, directory: str | Path | None) -> Writer | None:
+    own = [Path(directory).absolute()] if directory else []
+    journal_dirs = places.usable_dirs(places.journal_dirs(settings), "the journal", settings, warn)
+    spool_dirs = places.usable_dirs([*own, *places.spool_dirs(settings)], "the spool", settings, warn)
+    found = None if mode == "offline" else lambda: places.find_socket(settings)
+    try:
+        return Writer(start, settings, Places(journal_dirs, spool_dirs, found), warn)
+    except (OSError, RanklogError) as exc:
+        warn(f"no journal could be made: {exc}. Training goes on; nothing is logged")
+        return None
+
+
+def _started_line(run: Run, identity: Identity, settings: Settings, mode: str) -> str:
+    socket = places.find_socket(settings)
+    if mode == "offline":
+        where = "offline: records stay on this node until `ranklog sync`"
+    elif socket.exists():
+        where = f"daemon at {socket}"
+    else:
+        where = "no daemon yet: records are kept on this node"
+    ranks = f"{identity.world_size} rank{'s' * (identity.world_size != 1)}"
+    return f"run {run.name} ({run.id}) · project {run.project} · {ranks} · {where}"
+
+
+def _finished_line(run: Run, complete: bool, mode: str) -> str:  # noqa: FBT001
+    if complete:
+        return f"run {run.name} finished · durable on this node · ranklog status"
+    reason = "offline mode" if mode == "offline" else "no daemon took the last records"
+    return f"run {run.name} finished · {reason}; they are safe in this node's spool. Bring them in: ranklog sync"
+
+
+def log(metrics: Mapping[str, Any], step: int | None = None) -> None:
+    """Log one record of metrics to the current run; see `Run.log`."""
+    run = _current.run
+    if run is None:
+        warn("log() before init(): the record is dropped. Call ranklog.init(project=…) first")
+        return
+    run.log(metrics, step)
+
+
+def log_system(metrics: Mapping[str, Any]) -> None:
+    """Log system metrics to the current run; see `Run.log_system`."""
+    run = _run("log_system")
+    if run is not None:
+        run.log_system(metrics)
+
+
+def alert(title: str, text: str = "", level: str = "INFO") -> None:
+    """Record an alert in the current run; see `Run.alert`."""
+    run = _run("alert")
+    if run is not None:
+        run.alert(title, text, level)
+
+
+def define_metric(name: str, step_metric: str | None = None, summary: str | None = None) -> None:
+    """Declare a metric of the current run; see `Run.define_metric`."""
+    run = _run("define_metric")
+    if run is not None:
+        run.define_metric(name, step_metric, summary)
+
+
+def flush(timeout: float = FLUSH_TIMEOUT_S) -> bool:
+    """Wait until the current run's records survive a power cut; see `Run.flush`."""
+    run = _run("flush")
+    return run is None or run.flush(timeout)
+
+
+def finish(exit_code: int | None = None, *, wait: str | None = "durable", timeout: float = FLUSH_TIMEOUT_S) -> None:
+    """End the current run, if there is one; see `Run.finish`."""
+    if _current.run is not None:
+        _current.run.finish(exit_code, wait=wait, timeout=timeout)
+
+
+def config() -> Config:
+    """Return the current run's settings; those of no run are kept nowhere."""
+    run = _run("config")
+    return run.config if run is not None else Config(lambda _: None)
+
+
+def current_run() -> Run | None:
+    """Return the current run, or None outside one."""
+    return _current.run
+
+
+def _run(what: str) -> Run | None:
+    if _current.run is None:
+        warn(f"{what}() before init(): ignored. Call ranklog.init(project=…) first")
+    return _current.run

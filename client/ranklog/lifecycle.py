@@ -1,0 +1,69 @@
+"""What happens to runs when their process forks or ends: hooks set once, at the first `init()`.
+
+    exit, sys.exit, exception, Ctrl-C    atexit: send what can be sent within a second, the rest is adopted
+    fork                                 the child lets go of the parent's files; it opens its own at its first record
+    multiprocessing child                leaves by os._exit, which skips atexit: a Finalize does the same work
+    SIGTERM, os._exit, SIGKILL           nothing runs: the daemon adopts
+"""
+
+import atexit
+import os
+import sys
+from typing import Any, Protocol
+
+from ranklog.shield import warn
+
+
+class Mortal(Protocol):
+    """Something that must hear of forks and exits."""
+
+    def at_exit(self) -> None:
+        """Finish in a second what can be finished."""
+
+    def after_fork(self) -> None:
+        """Let go of what belongs to the parent."""
+
+
+class Lifecycle:
+    """The runs of this process that are not finished."""
+
+    def __init__(self) -> None:
+        self._live: list[Mortal] = []
+        self._hooked = False
+        self._finalized_pid = 0
+
+    def add(self, run: Mortal) -> None:
+        """Watch over `run` until `remove`."""
+        if not self._hooked:
+            self._hooked = True
+            atexit.register(self._at_exit)
+            os.register_at_fork(after_in_child=self._after_fork)
+        self._live.append(run)
+        self.watch_multiprocessing()
+
+    def remove(self, run: Mortal) -> None:
+        """Forget a finished run."""
+        if run in self._live:
+            self._live.remove(run)
+
+    def watch_multiprocessing(self) -> None:
+        """In a multiprocessing child, whose exit skips atexit: have its own finalizer call us. Once a process."""
+        process: Any = sys.modules.get("multiprocessing.process")
+        if process is None or process.parent_process() is None or self._finalized_pid == os.getpid():
+            return
+        self._finalized_pid = os.getpid()
+        from multiprocessing.util import Finalize
+
+        Finalize(self, self._at_exit, exitpriority=-100)
+
+    def _at_exit(self) -> None:
+        for run in [*self._live]:
+            run.at_exit()
+
+    def _after_fork(self) -> None:
+        warn.after_fork()
+        for run in self._live:
+            run.after_fork()
+
+
+lifecycle = Lifecycle()

@@ -1,0 +1,119 @@
+"""Runs as people name them, and their summaries. Imports pyarrow.
+
+A run has an id, which is in its path, and a display name, which is in the start row of each of its writers (field
+`name` of the JSON text). An id wins over a display name; a display name may belong to several runs.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ranklog.errors import FormatError
+from ranklog.reader.footer import Footer, count_records, read_footer
+from ranklog.reader.listing import Shard, by_run, list_shards
+from ranklog.reader.local import local_paths
+from ranklog.stores import Store
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One run as `ranklog ls` shows it."""
+
+    project: str
+    run: str
+    """The id: what `run=` takes, and what all ranks share."""
+    name: str
+    """Display name; empty if no start row has arrived."""
+    ranks: list[int]
+    """Ranks whose start row has arrived."""
+    writers: int | None
+    """Processes that wrote; None if a shard's footer does not tell."""
+    records: int | None
+    """Different records (start and end included); None if a shard's footer does not tell."""
+    rows: int
+    """Rows in the shards, one for each key of a record; counts a row that is in two shards twice."""
+    first_ts_us: int | None
+    last_ts_us: int | None
+    """Client clocks, microseconds since the epoch."""
+    shards: int
+    size_bytes: int
+
+
+class _Start(NamedTuple):
+    """What this module needs of a start row."""
+
+    rank: int | None
+    name: str
+
+
+def find_shards(store: Store, project: str | None = None, run: str | None = None) -> list[Shard]:
+    """Return the visible shards of the runs whose id, or else whose display name, is `run`; raises StoreError."""
+    shards = list_shards(store, project, run)
+    if shards or run is None:
+        return shards
+    found: list[Shard] = []
+    for group in by_run(list_shards(store, project)).values():
+        # Each daemon's oldest shard is enough: all ranks of a run carry its name from their first record on.
+        oldest = {shard.name.store_id: shard for shard in reversed(group)}
+        if any(start.name == run for start in _starts(store, list(oldest.values()))):
+            found += group
+    return found
+
+
+def summarize_runs(store: Store, project: str | None = None, run: str | None = None) -> list[RunSummary]:
+    """Return a summary of each run, the latest last, from footers and start rows; raises StoreError, FormatError."""
+    summaries = []
+    for path, shards in by_run(find_shards(store, project, run)).items():
+        footers = [read_footer(file) for file in local_paths(store, shards)]
+        starts = _starts(store, shards)
+        known = [footer.writers for footer in footers if footer.writers is not None]
+        summaries.append(
+            RunSummary(
+                project=_first(footers, "project") or path.project_id,
+                run=_first(footers, "run") or path.run_id,
+                name=next((start.name for start in reversed(starts) if start.name), ""),
+                ranks=sorted({start.rank for start in starts if start.rank is not None}),
+                writers=len(set().union(*known)) if len(known) == len(footers) else None,
+                records=count_records(footers),
+                rows=sum(footer.rows for footer in footers),
+                first_ts_us=min((f.first_ts_us for f in footers if f.first_ts_us is not None), default=None),
+                last_ts_us=max((f.last_ts_us for f in footers if f.last_ts_us is not None), default=None),
+                shards=len(shards),
+                size_bytes=sum(shard.size_bytes for shard in shards),
+            )
+        )
+    return sorted(summaries, key=lambda summary: (summary.last_ts_us or 0, summary.project, summary.run))
+
+
+def _first(footers: Sequence[Footer], field: str) -> str | None:
+    return next((value for footer in footers if (value := getattr(footer, field)) is not None), None)
+
+
+def _starts(store: Store, shards: Sequence[Shard]) -> list[_Start]:
+    starts = []
+    for path in local_paths(store, shards):
+        groups = read_footer(path).start_groups
+        if not groups:
+            continue
+        try:
+            with pq.ParquetFile(path) as file:
+                rows = file.read_row_groups(groups, ["kind", "rank", "text"])
+        except (pa.ArrowInvalid, OSError) as exc:
+            raise FormatError(f"{path} is damaged: {exc}") from exc
+        for row in rows.filter(pc.equal(rows["kind"], "start")).select(["rank", "text"]).to_pylist():
+            starts.append(_Start(row["rank"], _name(row["text"])))
+    return starts
+
+
+def _name(text: str | None) -> str:
+    try:
+        payload: Any = json.loads(text or "{}")
+    except ValueError:
+        return ""
+    name = payload.get("name") if isinstance(payload, dict) else None
+    return name if isinstance(name, str) else ""

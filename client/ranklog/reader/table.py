@@ -1,0 +1,102 @@
+"""`ranklog.read`: rows as one Arrow table. Imports duckdb and pyarrow.
+
+Thinning keeps what a plot can show. A series is the rows of one (project, run, kind, key, role, rank), and of one node
+where rank is null. One with more than `max_points` rows is cut into max_points / 4 buckets of equal width in step (in
+time, if any of its rows has no step), and each keeps its first, last, lowest and highest row, so a spike of one step
+survives. NaN is neither lowest nor highest: it would hide the real extreme.
+"""
+
+from collections.abc import Iterable
+
+import duckdb
+import pyarrow as pa
+
+from ranklog.errors import FormatError, UsageError
+from ranklog.reader.sql import among, connect, key_condition, quote
+from ranklog.schema import KIND_NAMES, SCHEMA
+
+POINTS_PER_BUCKET = 4
+"""First, last, lowest, highest."""
+
+_SELECT = "SELECT * FROM records WHERE {where}"
+_ORDER = "key, rank NULLS LAST, step NULLS LAST, seq, project, run, kind, role, writer"
+
+_SERIES = """
+CREATE TEMP TABLE series AS
+SELECT project, run, kind, key, role, rank, if(rank IS NULL, node, '') AS place, count(*) AS points,
+       count(step) = count(*) AS stepped,
+       if(stepped, min(step), min(epoch_us(ts)))::DOUBLE AS low,
+       if(stepped, max(step), max(epoch_us(ts)))::DOUBLE AS high
+FROM records WHERE {where} GROUP BY ALL
+"""
+
+# A series that is short enough has one bucket for each row, (writer, seq), and so keeps them all.
+_KEPT = """
+CREATE TEMP TABLE kept AS
+WITH placed AS (
+    SELECT s.*, r.writer, r.seq, if(isnan(r.value), NULL, r.value) AS value,
+           (if(stepped, r.step, epoch_us(r.ts)), r.seq) AS x,
+           if(points <= {points}, r.writer, '') AS bucket_writer,
+           if(points <= {points}, r.seq::DOUBLE,
+              coalesce(least(floor((x[1]::DOUBLE - low) / nullif(high - low, 0) * {buckets}), {buckets} - 1), 0)
+           ) AS bucket
+    FROM (SELECT * FROM records WHERE {where}) AS r JOIN series AS s
+      ON r.project = s.project AND r.run = s.run AND r.kind = s.kind AND r.key = s.key
+     AND r.role IS NOT DISTINCT FROM s.role AND r.rank IS NOT DISTINCT FROM s.rank
+     AND if(r.rank IS NULL, r.node, '') = s.place
+)
+SELECT DISTINCT unnest([min_by((writer, seq, kind, key), x), max_by((writer, seq, kind, key), x),
+                        min_by((writer, seq, kind, key), value), max_by((writer, seq, kind, key), value)]) AS row_id
+FROM placed GROUP BY project, run, kind, key, role, rank, place, bucket_writer, bucket
+"""
+
+
+def read_table(
+    url: str,
+    project: str | None = None,
+    run: str | None = None,
+    keys: str | Iterable[str] | None = None,
+    ranks: int | Iterable[int] | None = None,
+    max_points: int | None = None,
+    *,
+    kinds: str | Iterable[str] = ("metrics",),
+) -> pa.Table:
+    """Return the rows asked for; the contract is that of `ranklog.reader.read`."""
+    if max_points is not None and max_points < POINTS_PER_BUCKET:
+        raise UsageError(
+            f"max_points is {max_points}; it must be {POINTS_PER_BUCKET} or more: first, last, lowest, highest"
+        )
+    where = _where(keys, ranks, kinds)
+    try:
+        table = _select(url, project, run, where, max_points)
+    except (FileNotFoundError, duckdb.IOException):
+        # Compaction removes merged shards after a while: one may have gone between listing and reading.
+        try:
+            table = _select(url, project, run, where, max_points)
+        except duckdb.IOException as exc:
+            raise FormatError(f"cannot read the shards of {url}: {exc}") from exc
+    return table.cast(SCHEMA)
+
+
+def _select(url: str, project: str | None, run: str | None, where: str, max_points: int | None) -> pa.Table:
+    with connect(url, project, run) as con:
+        if max_points is not None:
+            con.execute(_SERIES.format(where=where))
+            if (con.sql("SELECT max(points) FROM series").fetchall()[0][0] or 0) > max_points:
+                con.execute(_KEPT.format(where=where, points=max_points, buckets=max_points // POINTS_PER_BUCKET))
+                where += " AND (writer, seq, kind, key) IN (SELECT row_id FROM kept)"
+        return con.sql(_SELECT.format(where=where)).order(_ORDER).to_arrow_table()
+
+
+def _where(keys: str | Iterable[str] | None, ranks: int | Iterable[int] | None, kinds: str | Iterable[str]) -> str:
+    """Return the condition as SQL; raises UsageError for a kind that does not exist."""
+    wanted = [kinds] if isinstance(kinds, str) else list(kinds)
+    for kind in wanted:
+        if kind not in KIND_NAMES:
+            raise UsageError(f"kind {kind!r} does not exist; choose from {', '.join(KIND_NAMES)}")
+    parts = [among("kind", [quote(kind) for kind in wanted])]
+    if keys is not None:
+        parts.append(key_condition([keys] if isinstance(keys, str) else list(keys)))
+    if ranks is not None:
+        parts.append(among("rank", [str(int(rank)) for rank in ([ranks] if isinstance(ranks, int) else ranks)]))
+    return " AND ".join(parts)

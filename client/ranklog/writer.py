@@ -1,0 +1,131 @@
+"""A writer: one client incarnation, from `init()` to `finish()`. Ties journal, spool and sender together.
+
+`write` is the caller's path. seq, offset and pwrite happen under one re-entrant lock. A signal handler that logs
+while its own thread is inside `write` gets in through the re-entrancy, finds the writer busy and hands its record to
+the holder, who writes it before it returns: nothing deadlocks, and the handed record is the one documented exception
+to "returned = safe".
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ranklog.config import Settings
+from ranklog.frame import Kind
+from ranklog.journal import Journal
+from ranklog.sender import Sender, State
+from ranklog.spool import Spool
+from ranklog.start import Start, encode_start
+
+HANDED_MAX = 1000  # Records that one interrupted write can be handed; a handler that logs more is a loop.
+
+
+class _Record(NamedTuple):
+    kind: int
+    payload: Any
+    step: int | None
+    counted: bool
+
+
+class Places(NamedTuple):
+    """Where this writer may put its files, and where it finds a daemon."""
+
+    journal_dirs: list[Path]
+    spool_dirs: list[Path]
+    find_socket: Callable[[], Path] | None
+    """None in offline mode."""
+
+
+class Writer:
+    """One writer's way for records. Raises OSError from the constructor only."""
+
+    def __init__(self, start: Start, settings: Settings, places: Places, warn: Callable[[str], None]) -> None:
+        self.start = start
+        self._lock = threading.RLock()
+        self._busy = False
+        self._handed: deque[_Record] = deque(maxlen=HANDED_MAX)
+        self._step = -1
+        frame = encode_start(start)
+        self._journal = Journal(
+            start.writer, frame, places.journal_dirs,
+            file_size=settings.journal_file_size_bytes, size_max=settings.journal_size_bytes, wake=self._wake,
+        )  # fmt: skip
+        if self._journal.anonymous:
+            warn("no directory for the journal could be used; records are kept in memory and a kill loses what no daemon has acknowledged")
+        spool = Spool(start.writer, frame, places.spool_dirs, size_max=settings.spool_size_bytes)
+        self._sender = Sender(frame, bytes.fromhex(start.writer), self._journal, spool, places.find_socket, warn)
+        self._sender.start()
+
+    def _wake(self) -> None:
+        self._sender.wake()
+
+    def write(self, kind: int, payload: Any, step: int | None = None, *, counted: bool = False) -> bool:
+        """Write one record; False if there was no room for it. `counted`: it is a training record, so `step` defaults to the last one plus 1.
+
+        When this returns, the record is in the journal, or its seq is part of a gap there. Raises what msgpack
+        raises for a payload it cannot pack; nothing is used up then.
+        """
+        with self._lock:
+            if self._busy:
+                self._handed.append(_Record(kind, payload, step, counted))
+                return True
+            try:
+                self._busy = True
+                if counted:
+                    if step is None:
+                        step = self._step + 1
+                    accepted = self._journal.append(kind, step, payload)
+                    self._step = step
+                else:
+                    accepted = self._journal.append(kind, step, payload)
+            finally:
+                self._busy = False
+            while self._handed:
+                record = self._handed.popleft()
+                self.write(record.kind, record.payload, record.step, counted=record.counted)
+            return accepted
+
+    @property
+    def written(self) -> int:
+        """Records so far, refused ones included, without the start frame."""
+        return self._journal.next_seq - 1
+
+    @property
+    def refused(self) -> int:
+        """Records for which there was no room."""
+        return self._journal.refused
+
+    @property
+    def state(self) -> State:
+        """What the sender knows of the daemon."""
+        return self._sender.state
+
+    def flush(self, timeout_s: float, *, spooled: bool = False) -> bool:
+        """Wait until everything written so far is durable at the daemon (`spooled`: or on this node's disk)."""
+        return self._sender.wait(self._journal.next_seq, timeout_s, spooled=spooled)
+
+    def connects(self, timeout_s: float) -> bool:
+        """Wait for a daemon to answer, if its socket is there at all; True once it does."""
+        return self._sender.connects(timeout_s)
+
+    def end(self, exit_code: int | None) -> None:
+        """Write the end record."""
+        with self._lock:
+            self._sender.end_seq = self._journal.next_seq
+            self.write(Kind.END, {"exit_code": exit_code, "last": self._journal.next_seq})
+            self._journal.close_gap()
+
+    def close(self, timeout_s: float) -> bool:
+        """Spill what is unacknowledged to disk and let go of every file; True if all of that was done in time."""
+        return self._sender.stop(timeout_s)
+
+    @property
+    def acknowledged(self) -> bool:
+        """True if the daemon has everything."""
+        return self._sender.acked >= self._journal.next_seq
+
+    def abandon(self) -> None:
+        """In a forked child: let go of the parent's files without touching them."""
+        self._sender.abandon()

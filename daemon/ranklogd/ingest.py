@@ -1,0 +1,191 @@
+"""The rules of ingest: a message in, replies out. No sockets, no loop; time is an argument.
+
+    HELLO ─▶ WELCOME │ REFUSE          BATCH ─▶ appended, acknowledged by `commit` │ acknowledged again │ REFUSE
+
+Everything a peer sends is checked here, at the boundary: the header by `wire`, the body's checksum, size and
+sequence, the uid the kernel reports. Frames are not decoded: what they hold is the shipper's business, and a record
+that nobody can decode must still not disturb its neighbours. Refusals are counted by code.
+"""
+
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ranklog import wire
+from ranklog.errors import FormatError, ProtocolError
+from ranklog.failpoint import failpoint
+from ranklog.frame import HEADER, body_at, encode_gap
+from ranklog.start import decode_start
+from ranklog.wire import Code, Type
+from ranklogd.sequence import Verdict, Welcome, Writers, WriterState
+from ranklogd.wal.log import Full, Wal, WalBatch
+
+COMMIT_SIZE = 8 << 20
+"""Pending bytes at which a commit does not wait for its interval."""
+
+
+class Peer(NamedTuple):
+    """Who sent a message."""
+
+    identity: bytes
+    uid: int
+
+
+class Reply(NamedTuple):
+    """What to send back."""
+
+    identity: bytes
+    header: bytes
+    body: bytes | None = None
+
+
+class Offer(NamedTuple):
+    """What WELCOME tells a client about this daemon."""
+
+    spool_dir: str
+    journal_dir: str
+    cookie: str
+
+
+class Ingest:
+    """Writers, their order and the WAL. Owned by the server loop."""
+
+    def __init__(self, wal: Wal, writers: Writers, offer: Offer, *, writers_max: int, full_reason: Callable[[], str]) -> None:
+        self.wal = wal
+        self.writers = writers
+        self.refused: Counter[str] = Counter()
+        """Refused messages by code."""
+        self.records = 0
+        """Records appended since the start."""
+        self.duplicates = 0
+        self._offer = offer
+        self._writers_max = writers_max
+        self._full_reason = full_reason
+        self._unacked: dict[bytes, set[bytes]] = {}
+        """Writers with something to acknowledge at the next commit, and to whom."""
+        self._touched: set[WriterState] = set()
+
+    def handle(self, peer: Peer, parts: list[bytes], now_ns: int) -> list[Reply]:
+        """Take one HELLO or BATCH; return the replies that need not wait for a commit."""
+        try:
+            kind, fields = wire.decode(parts[0])
+            if len(parts) > 2:
+                raise ProtocolError(f"{len(parts)} parts; 2 at most")
+        except ProtocolError as exc:
+            return [self._refuse(peer, bytes(16), Code.MALFORMED, str(exc))]
+        body = parts[1] if len(parts) == 2 else b""
+        if kind == Type.BATCH:
+            return self._batch(peer, fields, body, now_ns)
+        if kind == Type.HELLO:
+            return self._hello(peer, fields, body, now_ns)
+        return [self._refuse(peer, bytes(16), Code.MALFORMED, f"{kind.name} is not for the daemon")]
+
+    def _hello(self, peer: Peer, fields: list[Any], body: bytes, now_ns: int) -> list[Reply]:
+        low, high, writer, base = fields
+        if high < wire.VERSION_MIN or low > wire.VERSION:
+            text = f"client speaks protocol {low}..{high}, this daemon {wire.VERSION_MIN}..{wire.VERSION}: upgrade the older of the two"
+            return [self._refuse(peer, writer, Code.VERSION, text)]
+        try:
+            frame = body_at(memoryview(body), 0)
+            if frame is None or len(body) != HEADER.size + len(frame):
+                raise FormatError("HELLO without a whole start frame")
+            start = decode_start(frame)
+        except FormatError as exc:
+            return [self._refuse(peer, writer, Code.MALFORMED, str(exc))]
+        if bytes.fromhex(start.writer) != writer or base < 0:
+            return [self._refuse(peer, writer, Code.MALFORMED, "HELLO and start frame name different writers, or base < 0")]
+        if self.writers.get(writer) is None and len(self.writers) >= self._writers_max:
+            text = f"this daemon knows {len(self.writers)} writers already (writers_max)"
+            return [self._refuse(peer, writer, Code.FULL, text, retryable=True)]
+        welcome = self.writers.hello(peer.uid, start, body, base)
+        if welcome is None:
+            return [self._refuse(peer, writer, Code.FOREIGN, "this writer belongs to another user")]
+        self.lose(welcome, now_ns)
+        answer = wire.encode(Type.WELCOME, wire.VERSION, writer, welcome.expected, *self._offer, wire.CREDIT)
+        return [Reply(peer.identity, answer)]
+
+    def lose(self, welcome: Welcome, now_ns: int) -> None:
+        """Record as a gap what a writer does not hold any more and this daemon never got."""
+        if welcome.lost is not None:
+            first, last = welcome.lost
+            self.append(welcome.state, first, last - first + 1, encode_gap(first, last, "lost before the daemon", now_ns), now_ns)
+
+    def _batch(self, peer: Peer, fields: list[Any], body: bytes, now_ns: int) -> list[Reply]:
+        failpoint("recv.after")
+        writer, first_seq, count, crc, last = fields
+        verdict = self.writers.judge(writer, peer.uid, first_seq, count)
+        if verdict == Verdict.UNKNOWN:
+            return [self._refuse(peer, writer, Code.UNKNOWN_WRITER, "say HELLO first", retryable=True)]
+        if verdict == Verdict.FOREIGN:
+            return [self._refuse(peer, writer, Code.FOREIGN, "this writer belongs to another user")]
+        state = self.writers.get(writer)
+        assert state is not None
+        if verdict == Verdict.DUPLICATE:
+            self.duplicates += 1
+            self._unacked.setdefault(writer, set()).add(peer.identity)
+            return [] if state in self._touched else self._acks({writer: {peer.identity}})
+        if verdict == Verdict.JUMP:
+            return [self._refuse(peer, writer, Code.SEQUENCE, "out of order", retryable=True, expected=state.next_seq)]
+        # The smallest frame has 8 + 7 bytes, but one gap frame may stand for any number of seqs.
+        if not body or not 0 < count < 1 << 32 or len(body) < HEADER.size + 5:
+            return [self._refuse(peer, writer, Code.MALFORMED, f"BATCH of {count} records in {len(body)} bytes")]
+        if zlib.crc32(body) != crc:
+            return [self._refuse(peer, writer, Code.DAMAGED, "checksum of the batch", retryable=True, expected=state.next_seq)]
+        reason = self._full_reason()
+        if reason:
+            return [self._refuse(peer, writer, Code.FULL, reason, retryable=True)]
+        self.append(state, first_seq, count, body, now_ns, ending=last)
+        self._unacked.setdefault(writer, set()).add(peer.identity)
+        return []
+
+    def append(self, state: WriterState, first_seq: int, count: int, frames: bytes, now_ns: int, *, ending: bool = False) -> None:
+        """Append a batch whose order was checked; for the wire, adoption and the daemon's own records."""
+        assert first_seq == state.next_seq, (first_seq, state.next_seq)
+        self.wal.append(WalBatch(state, first_seq, count, frames, now_ns))
+        state.next_seq += count
+        state.ending = state.ending or ending
+        self._touched.add(state)
+        self.records += count
+
+    @property
+    def pending(self) -> bool:
+        """True if something waits for a commit."""
+        return bool(self._touched)
+
+    @property
+    def urgent(self) -> bool:
+        """True if so much waits that a commit should not wait for its interval."""
+        return self.wal.pending_bytes >= COMMIT_SIZE
+
+    def commit(self, now_ns: int) -> list[Reply]:
+        """Make everything appended durable; return the acks, or refusals if the disk is full. Raises OSError: exit then."""
+        touched, unacked = self._touched, self._unacked
+        self._touched, self._unacked = set(), {}
+        try:
+            self.wal.commit()
+        except Full as exc:
+            self.writers.revert(touched)
+            return [
+                self._refuse(Peer(identity, -1), writer, Code.FULL, str(exc), retryable=True)
+                for writer, identities in unacked.items()
+                for identity in identities
+            ]
+        self.writers.synced(touched, now_ns // 1_000_000_000)
+        failpoint("ack.before")
+        return self._acks(unacked)
+
+    def _acks(self, unacked: dict[bytes, set[bytes]]) -> list[Reply]:
+        replies = []
+        for writer, identities in unacked.items():
+            state = self.writers.get(writer)
+            if state is not None:
+                header = wire.encode(Type.ACK, writer, state.durable, wire.CREDIT)
+                replies += [Reply(identity, header) for identity in identities]
+        return replies
+
+    def _refuse(self, peer: Peer, writer: bytes, code: Code, text: str, *, retryable: bool = False, expected: int = -1) -> Reply:
+        self.refused[code.name.lower()] += 1
+        return Reply(peer.identity, wire.encode(Type.REFUSE, writer, code, text, retryable, expected))
+
+

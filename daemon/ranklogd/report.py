@@ -1,0 +1,111 @@
+"""The status snapshot: what a daemon says of itself, as one JSON object. Pure but for listing its own directories.
+
+Watermarks, in lsns:  uploaded ≤ sealed ≤ durable ≤ received
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ranklogd.statedir import StateDir
+from ranklogd.wal import segment
+
+
+@dataclass(frozen=True)
+class Watermarks:
+    """How far records have come. Everything at or below a mark has reached that stage."""
+
+    uploaded: int
+    sealed: int
+    durable: int
+    received: int
+
+    def __post_init__(self) -> None:
+        assert self.uploaded <= self.sealed <= self.durable <= self.received, self
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """One run on this node."""
+
+    project: str
+    run: str
+    name: str
+    ranks: int
+    world_size: int
+    records: int
+    state: str
+    """running, ended (all writers adopted or gone) or finished (an end record from every writer)."""
+    last_s: float
+    """Seconds since the last record arrived."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """One frozen snapshot."""
+
+    version: str
+    pid: int
+    node: str
+    store_id: str
+    to: str
+    socket: str
+    state_dir: str
+    uptime_s: float
+    watermarks: Watermarks
+    used_bytes: int
+    full: str
+    """Why records are refused now; empty while they are not."""
+    records: int
+    duplicates: int
+    refused: dict[str, int]
+    writers: int
+    adopted: int
+    adoption_refused: dict[str, str]
+    offline_waiting: int
+    poisoned_segments: int
+    shipper: dict[str, Any]
+    runs: list[RunStatus] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        """Return the snapshot as JSON."""
+        return json.dumps(asdict(self))
+
+
+def backlog(state: StateDir) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Return the lsn ranges of (sealed segments, outbox directories) that wait."""
+    sealed = [parsed for name in _names(state.wal) if (parsed := segment.parse_sealed(name))]
+    outbox = [parsed for name in _names(state.outbox) if (parsed := segment.parse_sealed(name.removesuffix(".tmp")))]
+    return sorted(sealed), sorted(outbox)
+
+
+def watermarks(state: StateDir, *, received: int, durable: int, open_first: int) -> Watermarks:
+    """Recompute the marks from file names: whatever still waits is above them."""
+    sealed, outbox = backlog(state)
+    waiting = [first for first, _ in [*sealed, *outbox]]
+    below = open_first - 1
+    uploaded = min([below, *(first - 1 for first in waiting)])
+    return Watermarks(max(0, uploaded), max(0, below), max(durable, below, 0), max(received, durable, below, 0))
+
+
+def own_pid() -> int:
+    """Return this process's id."""
+    return os.getpid()
+
+
+def _names(directory: Path) -> list[str]:
+    try:
+        return [entry.name for entry in directory.iterdir()]
+    except FileNotFoundError:
+        return []
+
+
+def shipper_report(state: StateDir) -> dict[str, Any]:
+    """Return the shipper's last counters; empty before its first."""
+    try:
+        report: dict[str, Any] = json.loads(state.shipper_report.read_text())
+    except (OSError, ValueError):
+        return {}
+    return report
