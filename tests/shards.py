@@ -22,7 +22,7 @@ STORE_A, STORE_B = "a" * 16, "b" * 16
 EPOCH = datetime(2026, 11, 22, 12, 0, 0, tzinfo=UTC)
 
 _STRINGS = [field.name for field in SCHEMA if field.type == pa.string()]
-_DELTA = {column: "DELTA_BINARY_PACKED" for column in ("step", "seq", "lsn", "ts", "recv_ts")}
+_DELTA = dict.fromkeys(("step", "seq", "lsn", "ts", "recv_ts"), "DELTA_BINARY_PACKED")
 
 Row = dict[str, Any]
 
@@ -44,7 +44,7 @@ def records(
 ) -> list[Row]:
     """Rows of consecutive records: one dict of values each. Texts go to `text` as JSON, numbers to `value`.
 
-    lsn equals seq unless `first_lsn` is given; ts is EPOCH plus seq seconds. `columns` replace the defaults below.
+    lsn is seq + 1 unless `first_lsn` is given; ts is EPOCH plus seq seconds. `columns` replace the defaults below.
     """
     rows = []
     for index, record in enumerate(values):
@@ -53,7 +53,7 @@ def records(
             number = isinstance(value, bool | int | float)
             rows.append({
                 "project": "proj", "run": "run-1", "writer": writer_id, "seq": seq,
-                "lsn": (seq if first_lsn is None else first_lsn + index),
+                "lsn": (seq + 1 if first_lsn is None else first_lsn + index),
                 "rank": 0, "role": "", "node": "node-1", "attempt": 0, "uid": 1000,
                 "step": None if first_step is None else first_step + index,
                 "ts": EPOCH + timedelta(seconds=seq), "recv_ts": EPOCH + timedelta(seconds=seq, milliseconds=20),
@@ -64,7 +64,7 @@ def records(
     return rows
 
 
-def start(writer_id: str, *, lsn: int = 0, name: str = "", **columns: Any) -> list[Row]:
+def start(writer_id: str, *, lsn: int = 1, name: str = "", **columns: Any) -> list[Row]:
     """The start row of a writer: seq 0, its text the start payload as JSON."""
     rows = records(writer_id, [{}], first_seq=0, first_lsn=lsn, first_step=None, kind="start", **columns)
     rows[0]["text"] = json.dumps({"writer": writer_id, "name": name})
@@ -81,6 +81,7 @@ def write_shard(
     metadata: bool = True,
 ) -> Path:
     """Write one shard of one run into a directory store and return its path; `lsns` widens the range in its name."""
+
     def place(row: Row) -> tuple[Any, ...]:
         none_last = [(row[column] is None, row[column] or 0) for column in ("rank", "step")]
         return (row["kind"], row["key"], *none_last, row["seq"])
@@ -88,13 +89,15 @@ def write_shard(
     ordered = sorted(rows, key=place)
     table = pa.Table.from_pylist(ordered, SCHEMA)
     first, last = lsns or (min(row["lsn"] for row in ordered), max(row["lsn"] for row in ordered))
-    if metadata:
-        table = table.replace_schema_metadata(_metadata(ordered, first, last))
     sink = pa.BufferOutputStream()
-    pq.write_table(
-        table, sink, compression="zstd", use_dictionary=_STRINGS, store_schema=False, write_page_index=True,
-        column_encoding=_DELTA | {"value": "BYTE_STREAM_SPLIT"}, row_group_size=row_group_rows,
-    )  # fmt: skip
+    with pq.ParquetWriter(
+        sink, SCHEMA, compression="zstd", use_dictionary=_STRINGS, store_schema=False, write_page_index=True,
+        column_encoding=_DELTA | {"value": "BYTE_STREAM_SPLIT"},
+    ) as file:  # fmt: skip
+        file.write_table(table, row_group_size=row_group_rows)
+        if metadata:
+            # Not as metadata of the Arrow schema: that is dropped along with it.
+            file.add_key_value_metadata(_metadata(ordered, first, last))
     contents = sink.getvalue().to_pybytes()
     row = ordered[0]
     name = ShardKey(

@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     """What goes into one BATCH message."""
 
     first_seq: int
-    count: int
+    records: int
     frames: bytes
 
 
@@ -157,7 +157,12 @@ class Backlog:
         merged: deque[Chunk] = deque()
         for chunk in self._chain:
             last = merged[-1] if merged else None
-            if last and last.file is chunk.file and last.end == chunk.offset and chunk.end - last.offset <= MERGE_SIZE_MAX:
+            if (
+                last
+                and last.file is chunk.file
+                and last.end == chunk.offset
+                and chunk.end - last.offset <= MERGE_SIZE_MAX
+            ):
                 merged[-1] = Chunk(last.file, last.offset, chunk.end, last.first_seq, chunk.next_seq)
                 chunk.file.chunks -= 1
             else:

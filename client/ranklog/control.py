@@ -54,7 +54,9 @@ def status(settings: Settings, timeout_s: float = CONNECT_TIMEOUT_S) -> dict[str
 def flush(settings: Settings, wait: Wait, timeout_s: float) -> Flushed:
     """Wait until everything the daemon has received is durable, sealed or uploaded; raises NoDaemon."""
     ping(settings)  # Tells "no daemon" at once from "not done in time".
-    _, fields, _ = _ask(settings, Type.FLUSHED, wire.encode(Type.FLUSH, 1, int(wait), float(timeout_s)), timeout_s + CONNECT_TIMEOUT_S)
+    _, fields, _ = _ask(
+        settings, Type.FLUSHED, wire.encode(Type.FLUSH, 1, int(wait), float(timeout_s)), timeout_s + CONNECT_TIMEOUT_S
+    )
     return Flushed(done=fields[1], pending=fields[2])
 
 
@@ -76,7 +78,9 @@ def wait_uploaded(timeout_s: float) -> bool:
 def _ask(settings: Settings, wanted: Type, question: bytes, timeout_s: float) -> tuple[Path, list[Any], bytes]:
     socket = places.find_socket(settings)
     if not socket.exists():
-        raise NoDaemon(f"no daemon: {socket} does not exist. Start one with `ranklogd`, or run the job with `ranklog run -- CMD`")
+        raise NoDaemon(
+            f"no daemon: {socket} does not exist. Start one with `ranklogd`, or run the job with `ranklog run -- CMD`"
+        )
     transport = Transport(socket)
     deadline = time.monotonic() + timeout_s
     try:
@@ -88,4 +92,6 @@ def _ask(settings: Settings, wanted: Type, question: bytes, timeout_s: float) ->
                     return socket, event[1], event[2]
     finally:
         transport.close()
-    raise NoDaemon(f"nobody answers on {socket} within {timeout_s:g} s. Is the daemon running, and may you use its socket? Try `ranklogd`")
+    raise NoDaemon(
+        f"nobody answers on {socket} within {timeout_s:g} s. Is the daemon running, and may you use its socket? Try `ranklogd`"
+    )

@@ -36,7 +36,10 @@ class _Current:
 _current = _Current()
 
 
-@shielded(None, usage_errors=True)
+_NO_RUN: Run | None = None
+
+
+@shielded(_NO_RUN, usage_errors=True)
 def _init(
     project: str | None = None,
     name: str | None = None,
@@ -102,7 +105,9 @@ def init(*args: Any, **kwargs: Any) -> Run:
     return run if run is not None else Run(Start(writer="0" * 32, project="", run=""), lambda _: None, lambda *_: None)
 
 
-def _start(identity: Identity, mode: str, *, group: str | None, job_type: str | None, tags: Any, notes: str | None) -> Start:
+def _start(
+    identity: Identity, mode: str, *, group: str | None, job_type: str | None, tags: Any, notes: str | None
+) -> Start:
     pid = os.getpid()
     machine = this_machine()
     return Start(

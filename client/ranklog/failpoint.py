@@ -41,6 +41,8 @@ def _parse(spec: str) -> dict[str, tuple[int, str]]:
 
 
 _armed = _parse(os.environ.get("RANKLOG_FAILPOINT", ""))
+ARMED = bool(_armed)
+"""Whether any point is armed: lets the caller's path of `log()` skip the call."""
 _passes: dict[str, int] = {}
 
 

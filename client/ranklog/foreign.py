@@ -29,7 +29,7 @@ def parts_of(value: Any) -> list[tuple[Any, Any]] | None:
         return None
     if isinstance(value, Mapping):
         return list(islice(value.items(), PARTS_MAX + 1))
-    if isinstance(value, tuple) and hasattr(kind, "_asdict"):
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
         return list(value._asdict().items())
     if hasattr(kind, "__dataclass_fields__"):
         return [(name, getattr(value, name)) for name in kind.__dataclass_fields__]
@@ -39,7 +39,7 @@ def parts_of(value: Any) -> list[tuple[Any, Any]] | None:
 
 
 def array_of(value: Any) -> Any:
-    """Return the number in an array of one element, nested lists for any other; raises UnusableError for a large one."""
+    """Return the number in an array of one element, nested lists for a longer; raises UnusableError for a large one."""
     shape = getattr(value, "shape", None)
     size = len(value) if shape is None else math.prod(shape)
     if size > ARRAY_SIZE_MAX:

@@ -76,12 +76,14 @@ def encode_frame(body: bytes) -> bytes:
 
 
 def encode_gap(first: int, last: int, reason: str, wall_ns: int) -> bytes:
-    """Return the frame that stands for the refused seqs `first`..`last`."""
-    return encode_frame(msgpack.packb([Kind.GAP, first, wall_ns, None, {"first": first, "last": last, "reason": reason}]))
+    """Return the frame that stands for the refused seqs `first`..`last`; a longer reason is cut to 32 bytes."""
+    cut = reason.encode("utf-8", "replace")[:GAP_REASON_SIZE_MAX].decode("utf-8", "ignore")
+    return encode_frame(msgpack.packb([Kind.GAP, first, wall_ns, None, {"first": first, "last": last, "reason": cut}]))
 
 
+GAP_REASON_SIZE_MAX = 32
 GAP_SIZE_MAX = 128
-"""Room for any gap frame: two u64 seqs twice, a clock, and a reason of at most 32 bytes."""
+"""Room for any gap frame: two u64 seqs twice, a clock, and the reason."""
 
 
 def body_at(buffer: memoryview, offset: int) -> memoryview | None:
@@ -98,26 +100,27 @@ def body_at(buffer: memoryview, offset: int) -> memoryview | None:
 
 
 def head(body: memoryview | bytes) -> tuple[int, int]:
-    """Return (kind, seq) of a body without decoding the rest; raises FormatError."""
+    """Return (kind, seq) of a body without decoding the rest; raises FormatError. A seq has 63 bits, as in a shard."""
     if len(body) < 3 or body[0] != 0x95 or body[1] > 0x7F:
         raise FormatError("frame body does not start as a msgpack array [kind, seq, …] of 5")
     tag = body[2]
     if tag <= 0x7F:
         return body[1], tag
     width = {0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8}.get(tag)
-    if width is None or len(body) < 3 + width:
-        raise FormatError("frame seq is not an unsigned integer")
+    if width is None or len(body) < 3 + width or (width == 8 and body[3] > 0x7F):
+        raise FormatError("frame seq is not an unsigned integer of 63 bits")
     return body[1], int.from_bytes(body[3 : 3 + width], "big")
 
 
 def decode_gap(body: memoryview | bytes) -> tuple[int, int, str]:
     """Return (first, last, reason) of a gap frame's body; raises FormatError."""
-    try:
-        _, seq, _, _, payload = decode_body(body)
-        first, last, reason = int(payload["first"]), int(payload["last"]), str(payload["reason"])
-    except (KeyError, TypeError, ValueError) as exc:
-        raise FormatError("gap frame without first, last and reason") from exc
-    if not seq == first <= last:
+    _, seq, _, _, payload = decode_body(body)
+    if not isinstance(payload, dict):
+        raise FormatError("gap frame without a map")
+    first, last, reason = (payload.get(name) for name in ("first", "last", "reason"))
+    if type(first) is not int or type(last) is not int or not isinstance(reason, str):
+        raise FormatError("gap frame without first, last and reason")
+    if not seq == first <= last < 1 << 63:
         raise FormatError(f"gap frame at seq {seq} claims {first}..{last}")
     return first, last, reason
 
@@ -129,8 +132,8 @@ def decode_body(body: memoryview | bytes) -> list[Any]:
     """
     try:
         fields = msgpack.unpackb(body, strict_map_key=False, max_map_len=1 << 16, max_array_len=1 << 16)
-    except (ValueError, msgpack.exceptions.UnpackException) as exc:
-        raise FormatError(f"frame body is not msgpack: {exc}") from exc
+    except (ValueError, TypeError, RecursionError, msgpack.exceptions.UnpackException) as exc:
+        raise FormatError(f"frame body is not msgpack: {type(exc).__name__} {exc}") from exc
     if not isinstance(fields, list) or len(fields) != 5:
         raise FormatError("frame body is not an array of 5")
     return fields

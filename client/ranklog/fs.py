@@ -89,8 +89,9 @@ def preallocate(fd: int, size_bytes: int) -> None:
     except OSError as exc:
         if exc.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
             raise
-        # A filesystem without fallocate: zeros written now reserve the same room.
-        write_all(fd, bytes(size_bytes), 0)
+        # A filesystem without fallocate: zeros written now, behind what is there, reserve the same room.
+        size = os.fstat(fd).st_size
+        write_all(fd, bytes(max(0, size_bytes - size)), size)
 
 
 def try_lock(fd: int) -> bool:

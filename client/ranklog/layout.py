@@ -3,8 +3,10 @@
     v1/project_id=<slug>/run_id=<slug>/<node>.<store_id>.<first_lsn>-<last_lsn>.<sha256[:12]>.parquet
 
 Slugs match `[a-z][a-z0-9-]*`, so no reader takes one for a number and no store stumbles over one; the true names are
-columns of the file, and the path's column names differ from the file's, which several readers require. `lsn`s are 16
-hex digits, so names sort by age. A daemon (store_id) owns its names: nobody else can choose the same one.
+columns of the file, and the path's column names differ from the file's, which several readers require. A name that
+matches is its own slug; any other gets a hash at its end, and so does one that only looks as if it had got a hash,
+so that nobody can name a project into another's directory. `lsn`s are 16 hex digits, so names sort by age. A daemon
+(store_id) owns its names: nobody else can choose the same one.
 
 Containment rule: a reader ignores a shard whose lsn range lies properly inside another's of the same run, node and
 store_id. That makes a merged shard replace its parts at the moment it appears, without a manifest.
@@ -22,6 +24,7 @@ Lsn = NewType("Lsn", int)
 ROOT = "v1"
 _SLUG_SIZE_MAX = 64
 _SLUG = re.compile(r"[a-z][a-z0-9-]{0,63}")
+_HASHED = re.compile(r".*-[0-9a-f]{10}")
 _KEY = re.compile(
     r"v1/project_id=(?P<project>[a-z][a-z0-9-]*)/run_id=(?P<run>[a-z][a-z0-9-]*)/"
     r"(?P<node>[a-z][a-z0-9-]*)\.(?P<store>[0-9a-f]{16})\.(?P<first>[0-9a-f]{16})-(?P<last>[0-9a-f]{16})\."
@@ -43,8 +46,11 @@ class ShardKey(NamedTuple):
 
 
 def slug(name: str) -> str:
-    """Return a path-safe stand-in for `name`: itself if it is one already, else readable text plus a hash."""
-    if _SLUG.fullmatch(name):
+    """Return a path-safe stand-in for `name`: itself if it is one already, else readable text plus a hash.
+
+    Takes true names only: the slug of a slug is another one.
+    """
+    if _SLUG.fullmatch(name) and not _HASHED.fullmatch(name):
         return name
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:10]
     text = re.sub(r"[^a-z0-9]+", "-", name.lower()[:256]).strip("-")

@@ -21,7 +21,11 @@ FLUSH_TIMEOUT_S = 30.0
 CONNECT_TIMEOUT_S = 1.0
 CLOSE_TIMEOUT_S = 5.0
 EXIT_TIMEOUT_S = 1.0
-_FLOAT = frozenset({float})
+REFUSED = (
+    "a record was refused: it is larger than 1 MiB, or no daemon takes records and the spool is full. "
+    "Gaps are marked in the data; see `ranklog status`"
+)
+_METRICS = int(Kind.METRICS)
 
 
 class Config:
@@ -70,7 +74,9 @@ class Config:
 class Run:
     """One run in one process. Make it with `ranklog.init()`; a context manager that finishes it."""
 
-    def __init__(self, start: Start, open_writer: Callable[[Start], Writer | None], on_finish: Callable[["Run", bool], None]) -> None:
+    def __init__(
+        self, start: Start, open_writer: Callable[[Start], Writer | None], on_finish: Callable[["Run", bool], None]
+    ) -> None:
         self.id = start.run
         self.name = start.name
         self.project = start.project
@@ -94,13 +100,22 @@ class Run:
         """
         if step is not None and type(step) is not int:
             step = values.normalise_step(step, warn=warn)
-        keys = tuple(metrics)
-        if keys in self._known_keys and _FLOAT.issuperset(map(type, metrics.values())):
-            self._write(Kind.METRICS, metrics, step, counted=True)
-        else:
-            self._write(Kind.METRICS, self._normal(metrics, keys), step, counted=True)
+        writer = self._writer
+        if tuple(metrics) in self._known_keys and writer is not None:
+            try:
+                # Adds up exactly what is made of numbers. Those that are not Python's own fail to pack, below.
+                sum(metrics.values(), 0.0)
+                accepted = writer.write(_METRICS, metrics, step, True)  # noqa: FBT003
+            except (TypeError, ValueError, OverflowError):
+                pass
+            else:
+                if not accepted:
+                    warn(REFUSED)
+                return
+        self._write(_METRICS, self._normal(metrics), step, True)  # noqa: FBT003
 
-    def _normal(self, metrics: Mapping[str, Any], keys: tuple[Any, ...]) -> Mapping[str, Any]:
+    def _normal(self, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+        keys = tuple(metrics)
         if len(self._known_keys) < KNOWN_KEYS_MAX and values.check_keys(keys):
             self._known_keys.add(keys)
         return values.normalise(metrics, warn=warn)
@@ -123,14 +138,10 @@ class Run:
     def _log_config(self, changed: dict[str, Any]) -> None:
         self._write(Kind.CONFIG, values.normalise(changed, warn=warn))
 
-    def _write(self, kind: int, payload: Mapping[str, Any], step: int | None = None, *, counted: bool = False) -> None:
-        writer = self._writer
-        if writer is None or self._pid != os.getpid():
-            writer = self._reopen()
-            if writer is None:
-                return
-        if not writer.write(kind, payload, step, counted=counted):
-            warn("a record was refused: it is larger than 1 MiB, or no daemon takes records and the spool is full. Gaps are marked in the data")
+    def _write(self, kind: int, payload: Mapping[str, Any], step: int | None = None, counted: bool = False) -> None:  # noqa: FBT001, FBT002
+        writer = self._writer or self._reopen()
+        if writer is not None and not writer.write(kind, payload, step, counted):
+            warn(REFUSED)
 
     def _reopen(self) -> Writer | None:
         """Open a writer of this forked process's own; None if the run is finished or disabled."""
@@ -159,7 +170,9 @@ class Run:
         return self._writer is None or self._writer.flush(timeout)
 
     @shielded(None)
-    def finish(self, exit_code: int | None = None, *, wait: str | None = "durable", timeout: float = FLUSH_TIMEOUT_S) -> None:
+    def finish(
+        self, exit_code: int | None = None, *, wait: str | None = "durable", timeout: float = FLUSH_TIMEOUT_S
+    ) -> None:
         """End the run in this process. Repeated calls do nothing.
 
         `wait`: "durable" until the daemon has everything on disk, "uploaded" until it is in the store, None not at
@@ -211,5 +224,10 @@ def child_start(start: Start) -> Start:
 
     pid = os.getpid()
     return replace(
-        start, writer=os.urandom(16).hex(), parent=start.writer, role=start.role or "worker", pid=pid, pid_start=process_start(pid) or 0
+        start,
+        writer=os.urandom(16).hex(),
+        parent=start.writer,
+        role=start.role or "worker",
+        pid=pid,
+        pid_start=process_start(pid) or 0,
     )

@@ -52,7 +52,13 @@ class Sender:
     """One writer's sender. `request`, `wait` and `stop` are for other threads; the rest runs in its own."""
 
     def __init__(
-        self, start_frame: bytes, writer: bytes, journal: Journal, spool: Spool, find_socket: Callable[[], Path] | None, warn: Callable[[str], None]
+        self,
+        start_frame: bytes,
+        writer: bytes,
+        journal: Journal,
+        spool: Spool,
+        find_socket: Callable[[], Path] | None,
+        warn: Callable[[str], None],
     ) -> None:
         self.state = State.CONNECTING if find_socket else State.OFFLINE
         self.last_refusal = ""
@@ -105,7 +111,12 @@ class Sender:
         with self._condition:
             while self.state == State.CONNECTING:
                 left = deadline - time.monotonic()
-                if left <= 0 or self._find_socket is None or not self._find_socket().exists() or not self._thread.is_alive():
+                if (
+                    left <= 0
+                    or self._find_socket is None
+                    or not self._find_socket().exists()
+                    or not self._thread.is_alive()
+                ):
                     return False
                 self._condition.wait(min(left, FLUSH_INTERVAL_S / 4))
         return self.state == State.ATTACHED
@@ -139,7 +150,9 @@ class Sender:
                 self.step(FLUSH_INTERVAL_S)
             self._close()
         except Exception as exc:  # noqa: BLE001 - a loop top: training goes on, the journal keeps the records
-            self._warn(f"the sender thread stopped: {exc!r}. Records stay in the journal and are adopted after this process ends.")
+            self._warn(
+                f"the sender thread stopped: {exc!r}. Records stay in the journal and are adopted after this process ends."
+            )
 
     def _connect(self) -> None:
         """Connect to where a daemon's socket is, or would be; again if that place changed meanwhile."""
@@ -233,7 +246,9 @@ class Sender:
                 self._warn(f"the daemon takes no records for now ({text}); they are kept on this node and sent later")
         else:
             self._detach(State.REJECTED)
-            self._warn(f"the daemon refused this writer for good: {text}. Records are spooled on this node; see `ranklog status`")
+            self._warn(
+                f"the daemon refused this writer for good: {text}. Records are spooled on this node; see `ranklog status`"
+            )
         self.last_refusal = text
 
     def _send(self, now_s: float) -> None:
@@ -245,7 +260,14 @@ class Sender:
             if self._backlog.in_flight == 1:
                 self._last_ack_s = now_s  # The clock for its ack starts when it is sent.
             crc = zlib.crc32(batch.frames)
-            header = wire.encode(wire.Type.BATCH, self._writer, batch.first_seq, batch.count, crc, batch.first_seq + batch.count > self.end_seq)
+            header = wire.encode(
+                wire.Type.BATCH,
+                self._writer,
+                batch.first_seq,
+                batch.records,
+                crc,
+                batch.first_seq + batch.records > self.end_seq,
+            )
             if not self._transport.send(header, batch.frames):
                 self._backlog.rewind()
                 break
@@ -259,7 +281,9 @@ class Sender:
             self._backlog.spill()
         except OSError as exc:
             if str(exc) != self.last_refusal:
-                self._warn(f"records cannot be spooled to disk ({exc}); they stay in memory (tmpfs) until there is room")
+                self._warn(
+                    f"records cannot be spooled to disk ({exc}); they stay in memory (tmpfs) until there is room"
+                )
             self.last_refusal = str(exc)
         if self.state == State.SILENT and now_s - self._last_ack_s > ASK_INTERVAL_S:
             self._hello()  # After a refusal for lack of space, or in case the last batch was dropped on the way.

@@ -60,10 +60,12 @@ def shielded(default: R, *, usage_errors: bool = False) -> Callable[[Callable[P,
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             try:
                 return function(*args, **kwargs)
-            except Exception as exc:  # noqa: BLE001 - the one place that keeps ranklog's faults out of the training
+            except Exception as exc:
                 if usage_errors and isinstance(exc, UsageError):
                     raise
-                warn(f"{function.__name__}() failed: {type(exc).__name__}: {exc}. Training goes on without this record.")
+                warn(
+                    f"{function.__name__}() failed: {type(exc).__name__}: {exc}. Training goes on without this record."
+                )
                 return default
 
         return call

@@ -6,6 +6,7 @@ The payload is a msgpack map; the fields of `Start` are its keys. Fields are onl
 ignores keys it does not know and fills those it misses.
 """
 
+import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -64,6 +65,7 @@ class Start:
     """When the writer started, nanoseconds since the epoch."""
 
 
+_WRITER = re.compile(r"[0-9a-f]{32}")
 _KINDS: dict[Any, tuple[type, ...]] = {str: (str,), int: (int,), int | None: (int, type(None)), list[str]: (list,)}
 _TYPES = {f.name: _KINDS[f.type] for f in fields(Start)}
 
@@ -90,21 +92,20 @@ def start_from_map(payload: dict[Any, Any]) -> Start:
         # bool is an int to isinstance, and no field is one.
         if not isinstance(value, _TYPES[key]) or isinstance(value, bool):
             raise FormatError(f"start frame: field {key!r} is a {type(value).__name__}")
-        if isinstance(value, int) and not -(1 << 31) <= value < 1 << 63:
+        if isinstance(value, int) and not 0 <= value < 1 << 63:
             raise FormatError(f"start frame: field {key!r} is {value}, out of range")
     if not all(isinstance(tag, str) for tag in known.get("tags", [])):
         raise FormatError("start frame: a tag is not text")
     for key in ("rank", "attempt"):
-        if not -1 <= (known.get(key) or 0) < 1 << 31:
+        if (known.get(key) or 0) >= 1 << 31:
             raise FormatError(f"start frame: field {key!r} is {known[key]}, not a 32-bit count")
     for key in ("project", "run", "name", "group", "job_type", "role", "node"):
         if len(known.get(key, "").encode("utf-8", "surrogatepass")) > NAME_SIZE_MAX:
             raise FormatError(f"start frame: field {key!r} is longer than {NAME_SIZE_MAX} bytes")
     try:
         start = Start(**known)
-        bytes.fromhex(start.writer)
-    except (TypeError, ValueError) as exc:
+    except TypeError as exc:
         raise FormatError(f"start frame: {exc}") from exc
-    if len(start.writer) != 32 or start.writer.lower() != start.writer:
+    if not _WRITER.fullmatch(start.writer):
         raise FormatError(f"start frame: writer id {start.writer!r} is not 32 lower-case hex digits")
     return start

@@ -39,7 +39,9 @@ class Transport:
 
     def __init__(self, path: Path, wake_fd: int = -1) -> None:
         if len(os.fsencode(path)) > PATH_SIZE_MAX:
-            raise ProtocolError(f"socket path {path} is longer than {PATH_SIZE_MAX} bytes; set RANKLOG_SOCKET to a shorter one")
+            raise ProtocolError(
+                f"socket path {path} is longer than {PATH_SIZE_MAX} bytes; set RANKLOG_SOCKET to a shorter one"
+            )
         self._context = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -72,7 +74,7 @@ class Transport:
 
     def events(self, timeout_s: float) -> Iterator[Event]:
         """Wait until something happens or the time is over; yield what came, connection changes first."""
-        ready = dict(self._poller.poll(timeout_s * 1000))
+        ready = dict(self._poller.poll(round(timeout_s * 1000)))
         if self._wake_fd in ready:
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wake_fd)

@@ -32,10 +32,10 @@ from typing import Any, TypeAlias
 import msgpack
 
 from ranklog.foreign import PARTS_MAX, UnusableError, array_of, atom_of, key_text, parts_of, whole_of
-from ranklog.frame import JSON_EXT
+from ranklog.frame import FRAME_SIZE_MAX, JSON_EXT
 from ranklog.names import fit_text
 
-Value: TypeAlias = "float | int | bool | str | None | msgpack.ExtType"
+Value: TypeAlias = "float | int | bool | str | msgpack.ExtType | None"
 Warn: TypeAlias = Callable[[str], None]
 
 KEY_SIZE_MAX = 256
@@ -145,6 +145,11 @@ class _Record:
 
     def _read(self, prefix: str, key: Any, value: Any, depth: int) -> None:
         name = clean_key(prefix + key_text(key))
+        if hasattr(type(value), "tolist"):
+            value = array_of(value)
+        if type(value) in _PLAIN:
+            self._store(name, value)
+            return
         parts = parts_of(value)
         if not parts:
             self._store(name, self._packable({} if parts is not None else value))
@@ -203,6 +208,8 @@ class _Record:
         if isinstance(value, set | frozenset):
             return sorted((self._plain(item, depth + 1) for item in value), key=json.dumps)
         if isinstance(value, bytes | bytearray | memoryview):
+            if memoryview(value).nbytes > FRAME_SIZE_MAX:
+                raise UnusableError(f"it is more than {FRAME_SIZE_MAX} bytes")
             return base64.b64encode(value).decode()
         return self._plain(array_of(value) if hasattr(type(value), "tolist") else atom_of(value), depth)
 

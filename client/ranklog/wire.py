@@ -25,6 +25,7 @@ only ever appended: a receiver ignores fields it does not know. The sizes of str
 limited before anything is allocated for them, for any local user may write to the socket.
 """
 
+import math
 from enum import IntEnum
 from typing import Any
 
@@ -113,7 +114,8 @@ _FIELDS: dict[Type, tuple[type | tuple[type, ...], ...]] = {
 def encode(kind: Type, *fields: Any) -> bytes:
     """Return a header; the fields are those of the table above."""
     assert len(fields) == len(_FIELDS[kind]), (kind, fields)
-    return msgpack.packb([int(kind), *fields])
+    header: bytes = msgpack.packb([int(kind), *fields])
+    return header
 
 
 def decode(header: bytes) -> tuple[Type, list[Any]]:
@@ -122,11 +124,14 @@ def decode(header: bytes) -> tuple[Type, list[Any]]:
         raise ProtocolError(f"header of {len(header)} bytes; the limit is {HEADER_SIZE_MAX}")
     try:
         parts = msgpack.unpackb(header, max_array_len=16, max_map_len=0, max_ext_len=0)
-        kind = Type(parts[0])
-    except (ValueError, TypeError, IndexError, RecursionError, msgpack.exceptions.UnpackException) as exc:
+    except (ValueError, TypeError, RecursionError, msgpack.exceptions.UnpackException) as exc:
         raise ProtocolError(f"not a ranklog message: {type(exc).__name__}") from exc
-    if not isinstance(parts, list):
-        raise ProtocolError("header is not an array")
+    if not isinstance(parts, list) or not parts or type(parts[0]) is not int:
+        raise ProtocolError("header is not an array that starts with a message type")
+    try:
+        kind = Type(parts[0])
+    except ValueError as exc:
+        raise ProtocolError(f"message type {parts[0]} is not known") from exc
     kinds = _FIELDS[kind]
     fields = parts[1:]
     if len(fields) < len(kinds):
@@ -134,8 +139,11 @@ def decode(header: bytes) -> tuple[Type, list[Any]]:
     for number, (value, wanted) in enumerate(zip(fields, kinds, strict=False), 1):
         if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
             raise ProtocolError(f"{kind.name}: field {number} is a {type(value).__name__}")
-        if wanted is _ID and len(value) != 16:
+        if isinstance(value, bytes) and len(value) != 16:
             raise ProtocolError(f"{kind.name}: field {number} has {len(value)} bytes, not 16")
-        if wanted is int and not -1 <= value < 1 << 62 and kind != Type.PING:
+        lowest = -1 if kind > Type.SYNC else 0  # Only answers say -1: "none yet".
+        if isinstance(value, int) and not lowest <= value < 1 << 62:
             raise ProtocolError(f"{kind.name}: field {number} is out of range")
+        if isinstance(value, float) and math.isnan(value):
+            raise ProtocolError(f"{kind.name}: field {number} is not a number")  # A deadline that never passes.
     return kind, fields[: len(kinds)]

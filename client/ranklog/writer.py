@@ -23,6 +23,8 @@ HANDED_MAX = 1000  # Records that one interrupted write can be handed; a handler
 
 
 class _Record(NamedTuple):
+    """The arguments of `write`."""
+
     kind: int
     payload: Any
     step: int | None
@@ -53,7 +55,9 @@ class Writer:
             file_size=settings.journal_file_size_bytes, size_max=settings.journal_size_bytes, wake=self._wake,
         )  # fmt: skip
         if self._journal.anonymous:
-            warn("no directory for the journal could be used; records are kept in memory and a kill loses what no daemon has acknowledged")
+            warn(
+                "no directory for the journal could be used; records are kept in memory and a kill loses what no daemon has acknowledged"
+            )
         spool = Spool(start.writer, frame, places.spool_dirs, size_max=settings.spool_size_bytes)
         self._sender = Sender(frame, bytes.fromhex(start.writer), self._journal, spool, places.find_socket, warn)
         self._sender.start()
@@ -61,7 +65,7 @@ class Writer:
     def _wake(self) -> None:
         self._sender.wake()
 
-    def write(self, kind: int, payload: Any, step: int | None = None, *, counted: bool = False) -> bool:
+    def write(self, kind: int, payload: Any, step: int | None = None, counted: bool = False) -> bool:  # noqa: FBT001, FBT002
         """Write one record; False if there was no room for it. `counted`: it is a training record, so `step` defaults to the last one plus 1.
 
         When this returns, the record is in the journal, or its seq is part of a gap there. Raises what msgpack
@@ -84,7 +88,7 @@ class Writer:
                 self._busy = False
             while self._handed:
                 record = self._handed.popleft()
-                self.write(record.kind, record.payload, record.step, counted=record.counted)
+                self.write(*record)
             return accepted
 
     @property

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from ranklog.errors import FormatError, RanklogError, UsageError
 from ranklog.version import __version__
-
 from ranklogd.config import Config, load_config, notify_socket
 from ranklogd.flags import add_flags, flag_values
 from ranklogd.lock import EXIT_BUSY, Busy
@@ -33,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"ranklogd {__version__}")
     parser.add_argument("--config", type=Path, help="TOML file (default: see the README)")
     parser.add_argument("--check-config", action="store_true", help="check the configuration, print it and exit")
-    parser.add_argument("--lock-wait", type=float, default=LOCK_WAIT_S, metavar="S", help="wait this long for another daemon to go")
+    parser.add_argument(
+        "--lock-wait", type=float, default=LOCK_WAIT_S, metavar="S", help="wait this long for another daemon to go"
+    )
     add_flags(parser)
     arguments = parser.parse_args(argv)
     try:
@@ -81,7 +82,11 @@ def serve(config: Config, lock_wait_s: float) -> int:
     finally:
         parts.close()
     if remain:
-        log.warning("stopped records_not_uploaded=%d; they are safe in %s and go on with the next start", remain, config.state_dir)
+        log.warning(
+            "stopped records_not_uploaded=%d; they are safe in %s and go on with the next start",
+            remain,
+            config.state_dir,
+        )
     else:
         log.info("stopped; everything is uploaded")
     return 0

@@ -196,7 +196,7 @@ def owner_gone(start: Start) -> bool:
     if not start.pid or start.pid_ns != pid_namespace():
         return False
     now = process_start(start.pid)
-    return now is None or (start.pid_start != 0 and now != start.pid_start)
+    return now is None or start.pid_start not in (0, now)
 
 
 def _now_ns() -> int:

@@ -15,7 +15,9 @@ def full_reason(*, used_bytes: int, free_bytes: int, quota_bytes: int, free_min_
     if used_bytes >= quota_bytes:
         return f"the daemon's disk quota is used up ({used_bytes} of {quota_bytes} bytes, disk_quota_bytes)"
     if free_bytes < free_min_bytes:
-        return f"only {free_bytes} bytes are free on the daemon's disk, less than disk_free_min_bytes ({free_min_bytes})"
+        return (
+            f"only {free_bytes} bytes are free on the daemon's disk, less than disk_free_min_bytes ({free_min_bytes})"
+        )
     return ""
 
 
@@ -38,7 +40,10 @@ class Disk:
         free_bytes = room.f_bavail * room.f_frsize
         self.used_bytes = tree_size(self._state.wal) + tree_size(self._state.outbox)
         self.reason = full_reason(
-            used_bytes=self.used_bytes, free_bytes=free_bytes, quota_bytes=self._quota_bytes, free_min_bytes=self._free_min_bytes
+            used_bytes=self.used_bytes,
+            free_bytes=free_bytes,
+            quota_bytes=self._quota_bytes,
+            free_min_bytes=self._free_min_bytes,
         )
         if not self.reason:
             self._reserve()

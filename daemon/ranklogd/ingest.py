@@ -51,7 +51,9 @@ class Offer(NamedTuple):
 class Ingest:
     """Writers, their order and the WAL. Owned by the server loop."""
 
-    def __init__(self, wal: Wal, writers: Writers, offer: Offer, *, writers_max: int, full_reason: Callable[[], str]) -> None:
+    def __init__(
+        self, wal: Wal, writers: Writers, offer: Offer, *, writers_max: int, full_reason: Callable[[], str]
+    ) -> None:
         self.wal = wal
         self.writers = writers
         self.refused: Counter[str] = Counter()
@@ -94,7 +96,9 @@ class Ingest:
         except FormatError as exc:
             return [self._refuse(peer, writer, Code.MALFORMED, str(exc))]
         if bytes.fromhex(start.writer) != writer or base < 0:
-            return [self._refuse(peer, writer, Code.MALFORMED, "HELLO and start frame name different writers, or base < 0")]
+            return [
+                self._refuse(peer, writer, Code.MALFORMED, "HELLO and start frame name different writers, or base < 0")
+            ]
         if self.writers.get(writer) is None and len(self.writers) >= self._writers_max:
             text = f"this daemon knows {len(self.writers)} writers already (writers_max)"
             return [self._refuse(peer, writer, Code.FULL, text, retryable=True)]
@@ -109,7 +113,13 @@ class Ingest:
         """Record as a gap what a writer does not hold any more and this daemon never got."""
         if welcome.lost is not None:
             first, last = welcome.lost
-            self.append(welcome.state, first, last - first + 1, encode_gap(first, last, "lost before the daemon", now_ns), now_ns)
+            self.append(
+                welcome.state,
+                first,
+                last - first + 1,
+                encode_gap(first, last, "lost before the daemon", now_ns),
+                now_ns,
+            )
 
     def _batch(self, peer: Peer, fields: list[Any], body: bytes, now_ns: int) -> list[Reply]:
         failpoint("recv.after")
@@ -131,7 +141,11 @@ class Ingest:
         if not body or not 0 < count < 1 << 32 or len(body) < HEADER.size + 5:
             return [self._refuse(peer, writer, Code.MALFORMED, f"BATCH of {count} records in {len(body)} bytes")]
         if zlib.crc32(body) != crc:
-            return [self._refuse(peer, writer, Code.DAMAGED, "checksum of the batch", retryable=True, expected=state.next_seq)]
+            return [
+                self._refuse(
+                    peer, writer, Code.DAMAGED, "checksum of the batch", retryable=True, expected=state.next_seq
+                )
+            ]
         reason = self._full_reason()
         if reason:
             return [self._refuse(peer, writer, Code.FULL, reason, retryable=True)]
@@ -139,7 +153,9 @@ class Ingest:
         self._unacked.setdefault(writer, set()).add(peer.identity)
         return []
 
-    def append(self, state: WriterState, first_seq: int, count: int, frames: bytes, now_ns: int, *, ending: bool = False) -> None:
+    def append(
+        self, state: WriterState, first_seq: int, count: int, frames: bytes, now_ns: int, *, ending: bool = False
+    ) -> None:
         """Append a batch whose order was checked; for the wire, adoption and the daemon's own records."""
         assert first_seq == state.next_seq, (first_seq, state.next_seq)
         self.wal.append(WalBatch(state, first_seq, count, frames, now_ns))
@@ -184,8 +200,8 @@ class Ingest:
                 replies += [Reply(identity, header) for identity in identities]
         return replies
 
-    def _refuse(self, peer: Peer, writer: bytes, code: Code, text: str, *, retryable: bool = False, expected: int = -1) -> Reply:
+    def _refuse(
+        self, peer: Peer, writer: bytes, code: Code, text: str, *, retryable: bool = False, expected: int = -1
+    ) -> Reply:
         self.refused[code.name.lower()] += 1
         return Reply(peer.identity, wire.encode(Type.REFUSE, writer, code, text, retryable, expected))
-
-

@@ -26,7 +26,9 @@ def take_lock(path: Path, *, wait_s: float, stopped: Callable[[float], bool]) ->
         if time.monotonic() >= deadline or stopped(0.1):
             owner = _owner(fd)
             os.close(fd)
-            raise Busy(f"another ranklogd {owner} owns {path.parent}. Stop it, or choose another state directory with --state-dir")
+            raise Busy(
+                f"another ranklogd {owner} owns {path.parent}. Stop it, or choose another state directory with --state-dir"
+            )
     os.ftruncate(fd, 0)
     fs.write_all(fd, json.dumps({"pid": os.getpid()}).encode(), 0)
     return fd

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 from ranklog import wire
 from ranklog.version import __version__
 from ranklog.wire import Type, Wait
-
 from ranklogd.ingest import Peer, Reply
 
 REQUESTS_MAX = 256
@@ -62,7 +61,9 @@ class Requests:
         elif kind == Type.FLUSH:
             _, wait, limit_s = fields
             wait = Wait(min(max(wait, Wait.DURABLE), Wait.UPLOADED))
-            self._waiting.append(_Waiting(peer.identity, token, wait, progress.received, now_s + min(limit_s, 86400), adoption=False))
+            self._waiting.append(
+                _Waiting(peer.identity, token, wait, progress.received, now_s + min(limit_s, 86400), adoption=False)
+            )
             if wait != Wait.DURABLE:
                 self._seal()
         return []
@@ -71,7 +72,9 @@ class Requests:
         """Return the answers that have become true, or too late."""
         replies, still = [], []
         for request in self._waiting:
-            reached = {Wait.DURABLE: progress.durable, Wait.SEALED: progress.sealed, Wait.UPLOADED: progress.uploaded}[request.wait]
+            reached = {Wait.DURABLE: progress.durable, Wait.SEALED: progress.sealed, Wait.UPLOADED: progress.uploaded}[
+                request.wait
+            ]
             done = not progress.adopting if request.adoption else reached >= request.lsn
             if done or now_s >= request.deadline_s:
                 header = wire.encode(Type.FLUSHED, request.token, done, max(0, request.lsn - reached))

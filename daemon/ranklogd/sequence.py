@@ -62,7 +62,8 @@ class Writers:
 
     def __init__(self, marks: Iterable[WriterMark] = ()) -> None:
         self._states = {
-            m.writer: WriterState(m.writer, m.uid, m.last_seq + 1, m.last_seq, m.attempt, m.run_key, m.ended_s) for m in marks
+            m.writer: WriterState(m.writer, m.uid, m.last_seq + 1, m.last_seq, m.attempt, m.run_key, m.ended_s)
+            for m in marks
         }
 
     def __len__(self) -> int:
@@ -125,7 +126,9 @@ class Writers:
 
     def marks(self) -> tuple[WriterMark, ...]:
         """Return the durable state of every writer, for a segment header."""
-        return tuple(WriterMark(s.uid, s.writer, s.durable, s.attempt, s.run_key, s.ended_s) for s in self._states.values())
+        return tuple(
+            WriterMark(s.uid, s.writer, s.durable, s.attempt, s.run_key, s.ended_s) for s in self._states.values()
+        )
 
     def forget(self, now_s: int, keep_s: float, held: set[bytes]) -> int:
         """Drop writers that ended `keep_s` ago and have no file left (`held`); return how many."""

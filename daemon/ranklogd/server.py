@@ -13,7 +13,6 @@ from ranklog import wire
 from ranklog.errors import ProtocolError
 from ranklog.version import __version__
 from ranklog.wire import Type
-
 from ranklogd import report
 from ranklogd.adopt import Adopter
 from ranklogd.disk import Disk
@@ -75,7 +74,9 @@ class Server:
                 self._socket.send(reply)
         self._adopter.step()
         now_s = time.monotonic()
-        if self._ingest.pending and (self._ingest.urgent or now_s - self._last_commit_s >= self._config.commit_interval_s):
+        if self._ingest.pending and (
+            self._ingest.urgent or now_s - self._last_commit_s >= self._config.commit_interval_s
+        ):
             self._commit(now_s)
         if not self._ingest.pending and (self._seal_asked or self._seal_due(now_s)):
             self._seal()
@@ -147,11 +148,16 @@ class Server:
         self._runs.update(self._ingest.writers, now_s)
         self._ingest.writers.forget(int(time.time()), self._config.writer_keep_s, self._adopter.held)
         marks = self._progress()
-        self._notify("WATCHDOG=1", f"STATUS={marks.received - marks.uploaded} records waiting for upload; {self._was_full or 'ok'}")
+        self._notify(
+            "WATCHDOG=1",
+            f"STATUS={marks.received - marks.uploaded} records waiting for upload; {self._was_full or 'ok'}",
+        )
 
     def _progress(self) -> Progress:
         wal = self._ingest.wal
-        marks = report.watermarks(self._state, received=wal.next_lsn - 1, durable=wal.durable_lsn, open_first=wal.first_lsn)
+        marks = report.watermarks(
+            self._state, received=wal.next_lsn - 1, durable=wal.durable_lsn, open_first=wal.first_lsn
+        )
         return Progress(marks.received, marks.durable, marks.sealed, marks.uploaded, self._adopter.busy)
 
     def _idle_for(self, limit_s: float) -> bool:

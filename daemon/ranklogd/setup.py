@@ -16,7 +16,6 @@ from pathlib import Path
 from ranklog import fs, places
 from ranklog.identity import boot_id
 from ranklog.layout import Lsn
-
 from ranklogd.adopt import Adopter
 from ranklogd.config import Config
 from ranklogd.disk import Disk
@@ -74,7 +73,9 @@ def prepare(config: Config) -> StateDir:
     return state
 
 
-def assemble(config: Config, state: StateDir, notify: Notifier, *, lock_wait_s: float, stopped: Callable[[float], bool]) -> Parts:
+def assemble(
+    config: Config, state: StateDir, notify: Notifier, *, lock_wait_s: float, stopped: Callable[[float], bool]
+) -> Parts:
     """Start a daemon up to the point where clients can connect; raises Busy, OSError, FormatError."""
     lock_fd = take_lock(state.lock, wait_s=lock_wait_s, stopped=stopped)
     found = recover(state, int(time.time()))
@@ -83,7 +84,12 @@ def assemble(config: Config, state: StateDir, notify: Notifier, *, lock_wait_s: 
     writers = Writers(found.marks.values())
     wal = Wal(state.wal, WalIdentity(config.node, found.store_id, boot_id()), Lsn(found.next_lsn), writers.marks)
     seal_leftovers(state, found, wal.first_lsn)
-    disk = Disk(state, quota_bytes=config.disk_quota_bytes, free_min_bytes=config.disk_free_min_bytes, reserve_bytes=config.reserve_size_bytes)
+    disk = Disk(
+        state,
+        quota_bytes=config.disk_quota_bytes,
+        free_min_bytes=config.disk_free_min_bytes,
+        reserve_bytes=config.reserve_size_bytes,
+    )
     disk.look()
     settings = config.settings()
     own = [places.spool_dirs(settings)[0], *places.journal_dirs(settings)[:1]]

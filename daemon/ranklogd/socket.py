@@ -56,7 +56,7 @@ class DaemonSocket:
 
     def wait(self, timeout_s: float) -> set[int]:
         """Wait for a message, a watched descriptor or the timeout; return the descriptors that can be read."""
-        return {ready for ready, _ in self._poller.poll(max(0.0, timeout_s * 1000)) if isinstance(ready, int)}
+        return {ready for ready, _ in self._poller.poll(max(0, round(timeout_s * 1000))) if isinstance(ready, int)}
 
     def receive(self, limit: int) -> Iterator[tuple[Peer, list[bytes]]]:
         """Yield at most `limit` messages that are there already."""

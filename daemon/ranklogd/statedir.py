@@ -1,15 +1,15 @@
 """The daemon's state directory: its rooms and what a file in each of them asks for.
 
-    lock                     flock of the one daemon that owns this directory
-    wal/<first>.open         being written;  wal/<first>-<last>.wal   sealed: "convert me"
-    wal/<first>-<last>.tries how its conversion fared so far; removed with the segment
-    outbox/<segment>.tmp/    being built, removed at start
-    outbox/<segment>/<key>   shards of one segment: "upload me"; the path below is the object key
-    cache/<key>              uploaded and verified shards, kept for local readers until retention removes them
-    deadletter/<key>         shards the store will never take, with a .reason beside each; sent again on request only
-    quarantine/              originals of what could not be read, with a .reason beside each; never deleted by the daemon
-    reserve                  bytes given back when the disk is full, so that deletes and renames still work
-    shipper.json             the shipper's counters, replaced whole; rebuilt at any time
+lock                     flock of the one daemon that owns this directory
+wal/<first>.open         being written;  wal/<first>-<last>.wal   sealed: "convert me"
+wal/<first>-<last>.tries how its conversion fared so far; removed with the segment
+outbox/<segment>.tmp/    being built, removed at start
+outbox/<segment>/<key>   shards of one segment: "upload me"; the path below is the object key
+cache/<key>              uploaded and verified shards, kept for local readers until retention removes them
+deadletter/<key>         shards the store will never take, with a .reason beside each; sent again on request only
+quarantine/              originals of what could not be read, with a .reason beside each; never deleted by the daemon
+reserve                  bytes given back when the disk is full, so that deletes and renames still work
+shipper.json             the shipper's counters, replaced whole; rebuilt at any time
 """
 
 from dataclasses import dataclass

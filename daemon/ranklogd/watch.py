@@ -27,7 +27,9 @@ class Watch(FileSystemEventHandler):
         for directory in [d for d in self._waiting if d.is_dir()]:
             self._waiting.remove(directory)
             try:
-                self._observer.schedule(self, str(directory), event_filter=[FileCreatedEvent, FileMovedEvent, FileClosedEvent])
+                self._observer.schedule(
+                    self, str(directory), event_filter=[FileCreatedEvent, FileMovedEvent, FileClosedEvent]
+                )
             except OSError:
                 continue  # Out of inotify watches, or not readable: the rescan does the work.
 

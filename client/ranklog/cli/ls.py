@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from ranklog.cli.output import human_size, iso_utc, lay_out, print_json, utc
+from ranklog.cli.output import Look, human_size, iso_utc, lay_out, print_json, utc
 from ranklog.errors import UsageError
 from ranklog.reader import default_url
 from ranklog.reader.pending import warn_pending
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # In order of importance: a narrow terminal shows the first ones.
 _HEADER = ("project", "run", "ranks", "records", "last (UTC)", "size", "name", "shards", "rows", "first (UTC)")
-_NUMBERS = {3, 5, 7, 8}
+_LOOKS = [Look.NUMBER if name in ("records", "size", "shards", "rows") else Look.TEXT for name in _HEADER]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     elif summaries:
         # A pipe has no width: whoever reads it wants the whole names.
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-        table = lay_out(_HEADER, [_as_row(summary) for summary in summaries], right=_NUMBERS, width=width)
+        table = lay_out(_HEADER, [_as_row(summary) for summary in summaries], _LOOKS, width)
         print("\n".join(table.lines))
         if table.hidden:
             print(f"not shown for lack of room: {', '.join(table.hidden)} (use a wider terminal, or --json)")

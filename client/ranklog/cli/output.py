@@ -1,8 +1,8 @@
 """How the commands print: aligned columns for people, JSON and CSV for programs.
 
 What is printed was logged by somebody else. Control characters are shown as escapes, so a metric's name cannot move
-the cursor or hide a line. A table fits the width it is given: long cells are cut first, then columns at the right are
-left out, and what was left out is named.
+the cursor or hide a line. A table fits the width it is given: long texts are cut first, then times, never numbers;
+then columns at the right are left out, and what was left out is named.
 
 JSON has no NaN and no infinities; they are the strings "NaN", "Infinity" and "-Infinity". Times are ISO 8601 in UTC.
 """
@@ -12,10 +12,21 @@ import math
 import unicodedata
 from collections.abc import Iterator, Sequence
 from datetime import UTC, date, datetime, time, timedelta
+from enum import Enum
 from typing import Any, NamedTuple
 
 CELL_WIDTH_MIN = 10
-"""A column is not cut narrower than this; rather one at the right is left out."""
+"""A text or time is not cut shorter than this; rather a column at the right is left out."""
+
+
+class Look(Enum):
+    """How a column is aligned and cut."""
+
+    TEXT = "text"
+    TIME = "time"
+    NUMBER = "number"
+
+
 _GAP = "  "
 _ELLIPSIS = "…"
 _INVISIBLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})  # Unicode's control, format, surrogate and line separators.
@@ -29,32 +40,35 @@ class Table(NamedTuple):
     """Columns for which there was no room."""
 
 
-def lay_out(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: set[int], width: int | None) -> Table:
-    """Return the lines of a table at most `width` cells wide (None: no limit); columns in `right` are numbers."""
+def lay_out(header: Sequence[str], rows: Sequence[Sequence[str]], looks: Sequence[Look], width: int | None) -> Table:
+    """Return the lines of a table at most `width` cells wide (None: no limit)."""
     cells = [[printable(cell) for cell in row] for row in [header, *rows]]
     widths = [max(display_width(row[column]) for row in cells) for column in range(len(header))]
-    shown = len(widths)
     if width is not None:
-        while shown > 1 and _total([min(w, CELL_WIDTH_MIN) for w in widths[:shown]]) > width:
-            shown -= 1
-        widths = _narrow(widths[:shown], width)
+        widths = _narrow(widths, looks, width)
     lines = []
     for row in cells:
-        parts = [_fit(row[column], widths[column], right=column in right) for column in range(shown)]
+        parts = [_fit(row[column], widths[column], right=looks[column] is Look.NUMBER) for column in range(len(widths))]
         lines.append(_GAP.join(parts).rstrip())
-    return Table(lines, list(header[shown:]))
+    return Table(lines, list(header[len(widths) :]))
+
+
+def _narrow(widths: Sequence[int], looks: Sequence[Look], width: int) -> list[int]:
+    """Return the widths of as many columns as fit, the widest cut one cell at a time: texts first, then times."""
+    least = [w if look is Look.NUMBER else min(w, CELL_WIDTH_MIN) for w, look in zip(widths, looks, strict=True)]
+    shown = len(widths)
+    while shown > 1 and _total(least[:shown]) > width:
+        shown -= 1
+    narrowed = list(widths[:shown])
+    for cut in (Look.TEXT, Look.TIME):
+        loose = [column for column in range(shown) if looks[column] is cut]
+        while _total(narrowed) > width and any(narrowed[column] > least[column] for column in loose):
+            narrowed[max(loose, key=lambda column: narrowed[column])] -= 1
+    return [min(w, width) for w in narrowed]
 
 
 def _total(widths: Sequence[int]) -> int:
     return sum(widths) + len(_GAP) * (len(widths) - 1)
-
-
-def _narrow(widths: list[int], width: int) -> list[int]:
-    """Return the widths with the widest cut, one cell at a time, until all fit."""
-    narrowed = list(widths)
-    while _total(narrowed) > width and max(narrowed) > min(CELL_WIDTH_MIN, width):
-        narrowed[narrowed.index(max(narrowed))] -= 1
-    return narrowed
 
 
 def _fit(text: str, width: int, *, right: bool) -> str:

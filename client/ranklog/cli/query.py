@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ranklog.cli.ls import add_store_arguments
-from ranklog.cli.output import arrow_rows, cell, csv_value, json_value, lay_out
+from ranklog.cli.output import Look, arrow_rows, cell, csv_value, json_value, lay_out
 from ranklog.errors import RanklogError, UsageError
 from ranklog.reader import default_url
 from ranklog.reader.pending import warn_pending
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the statement and print its result; a statement that DuckDB does not understand is wrong usage."""
     import duckdb
 
-    from ranklog.reader.sql import connect
+    from ranklog.reader.sql import connect, first_line
 
     statement = sys.stdin.read() if args.sql == "-" else args.sql
     style = "json" if args.json else args.format or "table"
@@ -46,9 +46,9 @@ def run(args: argparse.Namespace) -> int:
                 reader = to_reader(relation, _BATCH_ROWS)
                 _PRINTERS[style](reader.schema, reader, args.rows)
     except (duckdb.ParserException, duckdb.CatalogException, duckdb.BinderException) as exc:
-        raise UsageError(f"query: {exc}") from exc
+        raise UsageError(f"query: {first_line(exc)}") from exc
     except duckdb.Error as exc:
-        raise RanklogError(f"query: {exc}") from exc
+        raise RanklogError(f"query: {first_line(exc)}") from exc
     warn_pending()
     return 0
 
@@ -71,17 +71,13 @@ def _unique(names: list[str]) -> list[str]:
 
 
 def _print_table(schema: Any, batches: Iterator[Any], rows_max: int) -> None:
-    import pyarrow as pa
-
     shown: list[list[str]] = []
     total = 0
     for batch in batches:
         room = batch.num_rows if rows_max == 0 else max(0, rows_max - len(shown))
         shown += [[cell(value) for value in row] for row in arrow_rows(batch.slice(0, room))]
         total += batch.num_rows
-    numeric = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
-    right = {index for index, field in enumerate(schema) if any(test(field.type) for test in numeric)}
-    table = lay_out(schema.names, shown, right=right, width=shutil.get_terminal_size().columns)
+    table = lay_out(schema.names, shown, [_look(field.type) for field in schema], shutil.get_terminal_size().columns)
     print("\n".join(table.lines))
     notes = [f"{total:,} row{'s' * (total != 1)}"]
     if total > len(shown):
@@ -89,6 +85,14 @@ def _print_table(schema: Any, batches: Iterator[Any], rows_max: int) -> None:
     if table.hidden:
         notes.append(f"no room for {', '.join(table.hidden)} (wider terminal, --format csv, or fewer columns)")
     print(f"({'; '.join(notes)})")
+
+
+def _look(kind: Any) -> Look:
+    import pyarrow as pa
+
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        return Look.NUMBER
+    return Look.TIME if pa.types.is_timestamp(kind) else Look.TEXT
 
 
 def _print_csv(schema: Any, batches: Iterator[Any], _rows_max: int) -> None:

@@ -7,13 +7,13 @@ twice; a reader of the whole store shows it once.
 
 from typing import NamedTuple
 
-import duckdb
 import pyarrow as pa
 
+from ranklog.errors import StoreError
 from ranklog.layout import ShardKey
 from ranklog.reader.listing import RunPath, Shard
 from ranklog.reader.runs import find_shards
-from ranklog.reader.sql import connect_shards
+from ranklog.reader.sql import connect_shards, shard_errors
 from ranklog.stores import Store
 
 COLUMNS = ("project", "run", "rank", "node", "attempt", "step", "ts", "kind", "key", "value", "text", "seq", "writer")
@@ -49,7 +49,7 @@ class Follower:
         """Return the `count` newest rows by the clients' clocks, oldest first; `fresh` goes on behind them."""
         shards = self._list()
         self._mark(shards)
-        with connect_shards(self._store, shards) as con:
+        with connect_shards(self._store, shards) as con, shard_errors(self._store.url):
             rows = con.sql(_SELECT.format(columns=", ".join(COLUMNS), where=self._condition))
             return rows.order("ts DESC").limit(count).order(_ORDER).to_arrow_table()
 
@@ -64,9 +64,11 @@ class Follower:
         for source, shards in groups.items():
             where = f"({self._condition}) AND lsn > {self._shown.get(source, -1)}"
             try:
-                with connect_shards(self._store, shards) as con:
+                with connect_shards(self._store, shards) as con, shard_errors(self._store.url):
                     tables.append(con.sql(_SELECT.format(columns=", ".join(COLUMNS), where=where)).to_arrow_table())
-            except (FileNotFoundError, duckdb.IOException):
+            except StoreError as exc:
+                if exc.permanent:
+                    raise
                 continue  # Merged into another shard since the listing; the next call finds that one.
             self._mark(shards)
         if not tables:

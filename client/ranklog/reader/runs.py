@@ -7,6 +7,8 @@ A run has an id, which is in its path, and a display name, which is in the start
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -95,19 +97,21 @@ def _first(footers: Sequence[Footer], field: str) -> str | None:
 
 
 def _starts(store: Store, shards: Sequence[Shard]) -> list[_Start]:
-    starts = []
-    for path in local_paths(store, shards):
-        groups = read_footer(path).start_groups
-        if not groups:
-            continue
-        try:
-            with pq.ParquetFile(path) as file:
-                rows = file.read_row_groups(groups, ["kind", "rank", "text"])
-        except (pa.ArrowInvalid, OSError) as exc:
-            raise FormatError(f"{path} is damaged: {exc}") from exc
-        for row in rows.filter(pc.equal(rows["kind"], "start")).select(["rank", "text"]).to_pylist():
-            starts.append(_Start(row["rank"], _name(row["text"])))
-    return starts
+    return [start for path in local_paths(store, shards) for start in _starts_in(path)]
+
+
+@lru_cache(maxsize=1 << 14)
+def _starts_in(path: Path) -> tuple[_Start, ...]:
+    groups = read_footer(path).start_groups
+    if not groups:
+        return ()
+    try:
+        with pq.ParquetFile(path) as file:
+            rows = file.read_row_groups(groups, ["kind", "rank", "text"])
+    except (pa.ArrowInvalid, OSError) as exc:
+        raise FormatError(f"{path} is damaged: {exc}") from exc
+    found = rows.filter(pc.equal(rows["kind"], "start")).select(["rank", "text"]).to_pylist()
+    return tuple(_Start(row["rank"], _name(row["text"])) for row in found)
 
 
 def _name(text: str | None) -> str:

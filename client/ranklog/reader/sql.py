@@ -4,17 +4,19 @@
     metrics   the rows of kind `metrics`, without the columns that only matter to the daemon
 
 Deduplication is free where it can be: shards that provably share no record (`ranklog.reader.overlap`) are scanned as
-they are, so a filter on `key` skips row groups by their statistics. Only the others pass through a window, partitioned
-by every column that is the same in each copy of a record, so that a filter on one of these still reaches the files.
+they are, so a filter on `key` skips row groups by their statistics. Only the others pass through a window; a filter on
+a column of its partition still reaches the files.
 
 Nothing is downloaded: the parquet reader is part of DuckDB, and loading further extensions is switched off.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import duckdb
 
+from ranklog.errors import FormatError, StoreError
 from ranklog.reader.footer import read_footer
 from ranklog.reader.listing import Shard, by_run
 from ranklog.reader.local import local_paths
@@ -32,10 +34,10 @@ _TYPES = {
     "double": "DOUBLE",
     "timestamp[us, tz=UTC]": "TIMESTAMPTZ",
 }
-_SAME_IN_COPIES = "project, run, writer, seq, rank, role, step, kind, key"
+_IDENTITY = "project, run, writer, seq, kind, key"
 _METRICS = "CREATE VIEW metrics AS SELECT {columns} FROM records WHERE kind = 'metrics'"
 _SCAN = "SELECT {columns} FROM read_parquet([{files}], hive_partitioning = false)"
-_FIRST_COPY = f"QUALIFY row_number() OVER (PARTITION BY {_SAME_IN_COPIES} ORDER BY lsn, recv_ts, node) = 1"
+_FIRST_COPY = f"QUALIFY row_number() OVER (PARTITION BY {_IDENTITY} ORDER BY lsn, recv_ts, node) = 1"
 
 
 def connect(url: str, project: str | None = None, run: str | None = None) -> duckdb.DuckDBPyConnection:
@@ -54,10 +56,28 @@ def connect_shards(store: Store, shards: Sequence[Shard]) -> duckdb.DuckDBPyConn
     )
     # Shards never change behind their names, so their footers may be kept: a third of a warm query's time.
     con.execute("SET TimeZone = 'UTC'; SET parquet_metadata_cache = true")
-    clean, suspect = split(store, shards)
-    con.execute(f"CREATE VIEW records AS {_records(clean, suspect)}")
-    con.execute(_METRICS.format(columns=", ".join(METRICS_COLUMNS)))
+    with shard_errors(store.url):
+        clean, suspect = split(store, shards)
+        con.execute(f"CREATE VIEW records AS {_records(clean, suspect)}")
+        con.execute(_METRICS.format(columns=", ".join(METRICS_COLUMNS)))
     return con
+
+
+@contextmanager
+def shard_errors(url: str) -> Iterator[None]:
+    """Turn complaints about shards into ours: FormatError if one is damaged, a passing StoreError if one is gone."""
+    try:
+        yield
+    except duckdb.InvalidInputException as exc:
+        raise FormatError(f"a shard of {url} is damaged; move it out of the store: {first_line(exc)}") from exc
+    except (FileNotFoundError, duckdb.IOException) as exc:
+        # Compaction removes merged shards after a while: one may have gone between listing and reading.
+        raise StoreError(f"a shard of {url} cannot be read; try again: {first_line(exc)}", permanent=False) from exc
+
+
+def first_line(exc: Exception) -> str:
+    """Return what an error of DuckDB says, without the statement it quotes: ours names every shard."""
+    return str(exc).partition("\n\nLINE ")[0]
 
 
 def split(store: Store, shards: Sequence[Shard]) -> tuple[list[Path], list[Path]]:

@@ -8,11 +8,10 @@ survives. NaN is neither lowest nor highest: it would hide the real extreme.
 
 from collections.abc import Iterable
 
-import duckdb
 import pyarrow as pa
 
-from ranklog.errors import FormatError, UsageError
-from ranklog.reader.sql import among, connect, key_condition, quote
+from ranklog.errors import StoreError, UsageError
+from ranklog.reader.sql import among, connect, key_condition, quote, shard_errors
 from ranklog.schema import KIND_NAMES, SCHEMA
 
 POINTS_PER_BUCKET = 4
@@ -69,17 +68,15 @@ def read_table(
     where = _where(keys, ranks, kinds)
     try:
         table = _select(url, project, run, where, max_points)
-    except (FileNotFoundError, duckdb.IOException):
-        # Compaction removes merged shards after a while: one may have gone between listing and reading.
-        try:
-            table = _select(url, project, run, where, max_points)
-        except duckdb.IOException as exc:
-            raise FormatError(f"cannot read the shards of {url}: {exc}") from exc
+    except StoreError as exc:
+        if exc.permanent:
+            raise
+        table = _select(url, project, run, where, max_points)  # With a new listing.
     return table.cast(SCHEMA)
 
 
 def _select(url: str, project: str | None, run: str | None, where: str, max_points: int | None) -> pa.Table:
-    with connect(url, project, run) as con:
+    with connect(url, project, run) as con, shard_errors(url):
         if max_points is not None:
             con.execute(_SERIES.format(where=where))
             if (con.sql("SELECT max(points) FROM series").fetchall()[0][0] or 0) > max_points:

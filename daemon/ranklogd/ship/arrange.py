@@ -12,7 +12,7 @@ sorted but the distinct (kind, key) names themselves:
 A row then knows its record by index, and each record-level column is one gather away.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
@@ -28,7 +28,6 @@ from ranklogd.ship.walk import PORTION_VALUES_MAX, Portion
 
 Ints: TypeAlias = npt.NDArray[np.signedinteger[Any]]
 Floats: TypeAlias = npt.NDArray[np.float64]
-Bools: TypeAlias = npt.NDArray[np.bool_]
 
 _NO_RANK = -2  # Ranks start at -1.
 _NO_UID = -1  # UID_UNKNOWN; larger uids than 2^31 wrap, as they do elsewhere (-2 is nobody).
@@ -41,7 +40,8 @@ class Columns(NamedTuple):
     last: Ints
     lsn: Ints
     step: Ints
-    stepless: Bools
+    stepped: Ints
+    """0 where the record has no step."""
     wall_us: Ints
     recv_us: Ints
     uid: Ints
@@ -56,19 +56,23 @@ class Table:
     project: str
     run: str
     sources: tuple[Source, ...]
-    """What `records.source` counts in."""
+    """This run's writers."""
+    source_codes: Ints
+    """From `records.source` to `sources`."""
     names: tuple[tuple[int, str], ...]
-    """(kind, key), sorted; what `name` counts in."""
+    """(kind, key), sorted, each of them used; what `name` counts in."""
     records: Columns
-    """Of the whole cut; what `record` counts in."""
-    texts: tuple[str | None, ...]
+    """Of the whole cut, shared by its tables; what `record` counts in."""
+    record_count: int
+    """How many of them are this run's."""
+    texts: Sequence[str | None]
     """What `text` counts in."""
     record: Ints
     name: Ints
     """Ascending."""
     value: Floats
     text: Ints
-    """-1 where there is a value; empty where every row has one."""
+    """-1 where there is a value."""
     first_lsn: Lsn
     last_lsn: Lsn
     writers: dict[str, tuple[int, int]]
@@ -115,27 +119,20 @@ class Cut:
         values = np.concatenate(self._values)
         self._columns.clear()
         self._values.clear()
-        names, codes, starts, lengths = self._sorted_layouts()
-        text = np.full(len(values), -1, np.int32) if self._texts else np.empty(0, np.int32)
-        text[self._text_rows] = np.arange(len(self._texts), dtype=np.int32)
+        text = np.full(len(values), -1, np.int32)
+        text[_ints(self._text_rows)] = np.arange(len(self._texts), dtype=np.int32)
+        layouts = self._sorted_layouts()
+        lengths = layouts.lengths[columns.layout]
+        first_row = np.cumsum(lengths) - lengths
         sources = tuple(self._sources)
         runs: dict[tuple[str, str], int] = {}
         run_of_source = [runs.setdefault((source.project, source.run), len(runs)) for source in sources]
         run_of = _ints(run_of_source, np.int32)[columns.source]
-        first_row = np.cumsum(lengths[columns.layout]) - lengths[columns.layout]
         order = _record_order(columns, sources, run_of)
         bounds = np.searchsorted(run_of[order], np.arange(len(runs) + 1))
+        material = _Material(sources, columns, first_row, values, text, self._texts, layouts)
         for (project, run), number in runs.items():
-            mine = order[bounds[number] : bounds[number + 1]]
-            layout = columns.layout[mine]
-            record, row = _expand(mine, first_row[mine], lengths[layout])
-            code = codes[_expand(mine, starts[layout], lengths[layout])[1]]
-            final = np.argsort(code, kind="stable")
-            row = row[final]
-            yield Table(
-                project, run, sources, names, columns, tuple(self._texts), record[final], code[final], values[row],
-                text[row] if len(text) else text, *_ranges(columns, sources, mine),
-            )  # fmt: skip
+            yield _table(project, run, order[bounds[number] : bounds[number + 1]], material)
 
     def _pack(self) -> None:
         """Turn the waiting records into arrays."""
@@ -157,7 +154,7 @@ class Cut:
                 last=np.fromiter((record.last for record in records), np.int64, count),
                 lsn=np.maximum(seq + spread([p.lsn_offset for p in portions]), spread([p.lsn_min for p in portions])),
                 step=np.fromiter((record.step or 0 for record in records), np.int64, count),
-                stepless=np.fromiter((record.step is None for record in records), np.bool_, count),
+                stepped=np.fromiter((record.step is not None for record in records), np.int8, count),
                 wall_us=np.fromiter((record.wall_us for record in records), np.int64, count),
                 recv_us=spread([portion.recv_us for portion in portions]),
                 uid=spread([_NO_UID if portion.uid is None else portion.uid for portion in portions]).astype(np.int32),
@@ -183,8 +180,7 @@ class Cut:
             self._layout_names.append([names.setdefault((record.kind, key), len(names)) for key in record.keys])
         return layout
 
-    def _sorted_layouts(self) -> tuple[tuple[tuple[int, str], ...], npt.NDArray[Any], Ints, Ints]:
-        """Return the sorted names, and all layouts as codes into them: the codes, each layout's start and length."""
+    def _sorted_layouts(self) -> "_Layouts":
         found = list(self._names)
         # Code points order strings as their UTF-8 bytes do, which is the order parquet's statistics use.
         order = sorted(range(len(found)), key=lambda code: (KIND_NAMES[found[code][0]], found[code][1]))
@@ -192,41 +188,95 @@ class Cut:
         rank[order] = np.arange(len(found), dtype=rank.dtype)
         lengths = _ints([len(names) for names in self._layout_names])
         codes = rank[np.fromiter(chain.from_iterable(self._layout_names), np.int64)]
-        return tuple(found[code] for code in order), codes, np.cumsum(lengths) - lengths, lengths
+        return _Layouts([found[code] for code in order], codes, np.cumsum(lengths) - lengths, lengths)
+
+
+class _Layouts(NamedTuple):
+    """The distinct names, sorted, and all layouts as codes into them: each layout's start in `codes` and length."""
+
+    names: list[tuple[int, str]]
+    codes: npt.NDArray[Any]
+    starts: Ints
+    lengths: Ints
+
+
+class _Material(NamedTuple):
+    """All of a cut, from which each run's table is taken."""
+
+    sources: tuple[Source, ...]
+    columns: Columns
+    first_row: Ints
+    """Each record's first item in `values` and `text`."""
+    values: Floats
+    text: Ints
+    texts: Sequence[str | None]
+    layouts: _Layouts
 
 
 def _ints(items: list[int], dtype: type[np.signedinteger[Any]] = np.int64) -> Ints:
     return np.fromiter(items, dtype, len(items))
 
 
+def _table(project: str, run: str, mine: Ints, cut: _Material) -> Table:
+    """Return the table of one run, whose records `mine` are in order already."""
+    columns, layouts = cut.columns, cut.layouts
+    layout = columns.layout[mine]
+    lengths = layouts.lengths[layout]
+    place, row = _expand(cut.first_row[mine], lengths)
+    code = layouts.codes[_expand(layouts.starts[layout], lengths)[1]]
+    final = np.argsort(code, kind="stable")
+    row, code = row[final], code[final]
+    # Only what this run uses: its file must not carry another run's names or writers in a dictionary.
+    fresh = np.concatenate(([True], code[1:] != code[:-1]))
+    used = np.flatnonzero(np.bincount(columns.source[mine]))
+    source_codes = np.zeros(len(cut.sources), np.int32)
+    source_codes[used] = np.arange(len(used))
+    sources = tuple(cut.sources[number] for number in used.tolist())
+    lsn = columns.lsn[mine]
+    return Table(
+        project=project,
+        run=run,
+        sources=sources,
+        source_codes=source_codes,
+        names=tuple(layouts.names[number] for number in code[fresh].tolist()),
+        records=columns,
+        record_count=len(mine),
+        texts=cut.texts,
+        record=mine[place[final]],
+        name=np.cumsum(fresh, dtype=np.int32) - 1,
+        value=cut.values[row],
+        text=cut.text[row],
+        first_lsn=Lsn(int(lsn.min())),
+        last_lsn=Lsn(int(lsn.max())),
+        writers=_seq_ranges(columns.seq[mine], columns.last[mine], source_codes[columns.source[mine]], sources),
+    )
+
+
 def _record_order(columns: Columns, sources: tuple[Source, ...], run_of: Ints) -> Ints:
     """Return the records' indexes in (run, rank, step, seq) order, equals in lsn order."""
     ranks = _ints([_NO_RANK if source.rank is None else source.rank for source in sources], np.int32)
     order: Ints = np.arange(len(columns.seq), dtype=np.int32)
-    for key in (columns.seq, columns.step, ~columns.stepless, ranks[columns.source], run_of):
+    for key in (columns.seq, columns.step, columns.stepped, ranks[columns.source], run_of):
         items = key[order]
         if not np.all(items[:-1] <= items[1:]):
             order = order[np.argsort(items, kind="stable")]
     return order
 
 
-def _expand(records: Ints, starts: Ints, lengths: Ints) -> tuple[Ints, npt.NDArray[np.intp]]:
-    """Return, for each record's range of `lengths` items from `starts` on, the record and the item of each."""
+def _expand(starts: Ints, lengths: Ints) -> tuple[Ints, npt.NDArray[np.intp]]:
+    """Return, for ranges of `lengths` items from `starts` on, the range and the item of each of their items."""
     ends = np.cumsum(lengths)
-    inner = np.arange(ends[-1], dtype=np.intp)
-    return np.repeat(records, lengths), inner + np.repeat(starts - (ends - lengths), lengths)
+    items = np.arange(ends[-1], dtype=np.intp) + np.repeat(starts - (ends - lengths), lengths)
+    return np.repeat(np.arange(len(lengths), dtype=np.int32), lengths), items
 
 
-def _ranges(
-    columns: Columns, sources: tuple[Source, ...], mine: Ints
-) -> tuple[Lsn, Lsn, dict[str, tuple[int, int]]]:
-    """Return first and last lsn of the records, and each of their writers' first and last seq."""
-    lsn, source = columns.lsn[mine], columns.source[mine]
-    first, last = np.full(len(sources), np.iinfo(np.int64).max), np.full(len(sources), -1)
-    np.minimum.at(first, source, columns.seq[mine])
-    np.maximum.at(last, source, columns.last[mine])
+def _seq_ranges(seq: Ints, last: Ints, source: Ints, sources: tuple[Source, ...]) -> dict[str, tuple[int, int]]:
+    """Return each writer's first and last seq; a writer with two attempts has two sources."""
+    lowest, highest = np.full(len(sources), np.iinfo(np.int64).max), np.full(len(sources), -1)
+    np.minimum.at(lowest, source, seq)
+    np.maximum.at(highest, source, last)
     writers: dict[str, tuple[int, int]] = {}
-    for code in np.unique(source).tolist():
-        before = writers.get(sources[code].writer, (int(first[code]), -1))
-        writers[sources[code].writer] = (min(before[0], int(first[code])), max(before[1], int(last[code])))
-    return Lsn(int(lsn.min())), Lsn(int(lsn.max())), writers
+    for writer, low, high in zip((item.writer for item in sources), lowest.tolist(), highest.tolist(), strict=True):
+        known = writers.get(writer, (low, high))
+        writers[writer] = (min(known[0], low), max(known[1], high))
+    return writers

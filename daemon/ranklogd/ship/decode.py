@@ -63,20 +63,24 @@ class _Start(_Framed, tag=int(Kind.START)):
     payload: dict[str, float | int | bool | str | list[str] | None]
 
 
-class _Metrics(_Framed, tag=int(Kind.METRICS)):
+class _Keyed(_Framed):
     payload: dict[str, _Scalar]
 
 
-class _System(_Framed, tag=int(Kind.SYSTEM)):
-    payload: dict[str, _Scalar]
+class _Metrics(_Keyed, tag=int(Kind.METRICS)):
+    pass
 
 
-class _Config(_Framed, tag=int(Kind.CONFIG)):
-    payload: dict[str, _Scalar]
+class _System(_Keyed, tag=int(Kind.SYSTEM)):
+    pass
 
 
-class _Text(_Framed, tag=int(Kind.TEXT)):
-    payload: dict[str, _Scalar]
+class _Config(_Keyed, tag=int(Kind.CONFIG)):
+    pass
+
+
+class _Text(_Keyed, tag=int(Kind.TEXT)):
+    pass
 
 
 class _AlertPayload(msgspec.Struct):
@@ -148,21 +152,19 @@ def decode_record(body: memoryview | bytes) -> Record:
         frame = _decode(body)
     except (ValueError, RecursionError) as exc:
         raise FormatError(f"frame does not decode: {exc}") from exc
-    last, size = frame.seq, len(body)
-    if isinstance(frame, _Metrics | _System | _Config | _Text):
+    kind, seq, last, wall_us, size = _KINDS[type(frame)], frame.seq, frame.seq, frame.wall_ns // 1000, len(body)
+    if isinstance(frame, _Keyed):
         payload = frame.payload
         if set(map(type, payload.values())) == _FLOATS:
             floats: Collection[float] = payload.values()  # type: ignore[assignment]  # just checked, all at once
-            return Record(
-                _KINDS[type(frame)], last, last, frame.wall_ns // 1000, frame.step, tuple(payload), floats, None, size
-            )
+            return Record(kind, seq, last, wall_us, frame.step, tuple(payload), floats, None, size)
         keys, (values, texts) = tuple(payload) or ("",), _typed(payload)
     else:
         key, text = _told(frame, body)
         keys, values, texts = (key,), [0.0], {0: text}
         if isinstance(frame, _Gap):
             last = frame.payload.last
-    return Record(_KINDS[type(frame)], frame.seq, last, frame.wall_ns // 1000, frame.step, keys, values, texts, size)
+    return Record(kind, seq, last, wall_us, frame.step, keys, values, texts, size)
 
 
 def gap_record(first: int, last: int, reason: str, wall_us: int) -> Record:

@@ -23,9 +23,13 @@ from ranklogd.statedir import StateDir
 
 def keep_evidence(path: Path, state: StateDir, buffer: memoryview, entries_offset: int, evidence: Evidence) -> None:
     """Publish what was wrong with the segment `path`, if anything; doing it again replaces it by the same."""
+    reason = state.quarantine / f"{path.name}.reason"
     if evidence.damaged_stretches:
-        _publish(state.quarantine / f"{path.name}.reason", [_told(evidence)])
-    elif evidence.reasons_count:
+        _publish(reason, [_told(evidence)])
+        return
+    # Left from an earlier try on the same segment, it would send a sound one to quarantine.
+    fs.unlink(reason)
+    if evidence.reasons_count:
         spans = sorted(evidence.spans.items())
         parts = [buffer[:entries_offset], *(buffer[offset:end] for offset, end in spans)]
         _publish(state.quarantine / f"{path.name}.excerpt.reason", [_told(evidence)])
@@ -47,8 +51,9 @@ def quarantine_segment(path: Path, state: StateDir, reason: str) -> None:
     None of its records reaches a shard.
     """
     if path.exists():
-        text = f"{reason}\nNothing of this segment was converted. Its records are still in it: to try again, move it back to wal/.\n"
-        _publish(state.quarantine / f"{path.name}.reason", [text.encode()])
+        text = f"{reason}\nNothing of this segment was converted; its records are still in it.\n"
+        remedy = f"To try again: mv {state.quarantine / path.name} {state.wal}/\n"
+        _publish(state.quarantine / f"{path.name}.reason", [(text + remedy).encode("utf-8", "backslashreplace")])
     discard_segment(path, state)
 
 

@@ -9,17 +9,21 @@ What a reader meets: the schema of `ranklog.schema`, plain strings, no Arrow met
                                         copy of the same timestamps again, which a delta's bit packing hides
     row groups of 128k rows, zstd, statistics, page index: one series is read without its neighbours
 
+Arrow arrays are made from numpy's buffers throughout: `pa.array` copies, and imports pandas where it is installed.
+
 The same table gives the same bytes, so a conversion that is done again gives the same key.
 """
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+
 from ranklog.layout import ShardKey, slug
 from ranklog.schema import FORMAT, KIND_NAMES, SCHEMA
 from ranklogd.ship.arrange import Table
@@ -52,7 +56,7 @@ def encode_shard(table: Table, node: str, store_id: str) -> Shard:
     """Return the table as parquet, under the name its bytes and lsns give it in the store of daemon `store_id`."""
     sink = pa.BufferOutputStream()
     rows = len(table.record)
-    ts_plain = len(np.unique(table.record[: ROW_GROUP_ROWS])) <= TS_PLAIN_RECORDS_MAX
+    ts_plain = table.record_count <= TS_PLAIN_RECORDS_MAX
     writer = pq.ParquetWriter(
         sink,
         _FILE_SCHEMA,
@@ -85,31 +89,32 @@ def encode_shard(table: Table, node: str, store_id: str) -> Shard:
 def _row_group(table: Table, rows: slice) -> pa.Table:
     record, name = table.record[rows], table.name[rows]
     columns, sources = table.records, table.sources
-    source = columns.source[record]
+    source = table.source_codes[columns.source[record]]
     # Names are sorted, so those of one row group are a range of all names: no group carries another's dictionary.
     base, names = int(name[0]), table.names[int(name[0]) : int(name[-1]) + 1]
     kinds = np.array([kind for kind, _ in names], np.int32)[name - base]
+    uid = columns.uid[record]
     value, text = _typed(table, rows)
     arrays = {
         "project": _constant(table.project, len(record)),
         "run": _constant(table.run, len(record)),
-        "writer": _of_source([item.writer for item in sources], source),
-        "seq": pa.array(columns.seq[record]),
-        "lsn": pa.array(columns.lsn[record]),
-        "rank": pa.array([item.rank for item in sources], pa.int32()).take(pa.array(source)),
-        "role": _of_source([item.role for item in sources], source),
-        "node": _of_source([item.node for item in sources], source),
-        "attempt": pa.array([item.attempt for item in sources], pa.int32()).take(pa.array(source)),
-        "uid": pa.array(columns.uid[record], mask=columns.uid[record] == -1),
-        "step": pa.array(columns.step[record], mask=columns.stepless[record]),
-        "ts": pa.array(columns.wall_us[record]).view(_TS),
-        "recv_ts": pa.array(columns.recv_us[record]).view(_TS),
-        "kind": _codes(kinds, list(KIND_NAMES)),
+        "writer": _told([item.writer for item in sources], source),
+        "seq": _numbers("seq", columns.seq[record]),
+        "lsn": _numbers("lsn", columns.lsn[record]),
+        "rank": _counted("rank", [item.rank for item in sources], source),
+        "role": _told([item.role for item in sources], source),
+        "node": _told([item.node for item in sources], source),
+        "attempt": _counted("attempt", [item.attempt for item in sources], source),
+        "uid": _numbers("uid", uid, there=uid != -1),
+        "step": _numbers("step", columns.step[record], there=columns.stepped[record] != 0),
+        "ts": _numbers("ts", columns.wall_us[record]),
+        "recv_ts": _numbers("recv_ts", columns.recv_us[record]),
+        "kind": _codes(kinds, KIND_NAMES),
         "key": _codes((name - base).astype(np.int32), [key for _, key in names]),
         "value": value,
         "text": text,
     }
-    return pa.table(arrays, schema=_FILE_SCHEMA)
+    return pa.Table.from_arrays(list(arrays.values()), schema=_FILE_SCHEMA)
 
 
 def _typed(table: Table, rows: slice) -> tuple[Any, Any]:
@@ -117,24 +122,56 @@ def _typed(table: Table, rows: slice) -> tuple[Any, Any]:
     value, slots = table.value[rows], table.text[rows]
     told = slots >= 0
     if not told.any():
-        return pa.array(value), pa.nulls(len(value), pa.string())
-    used = slots[told]
-    texts = pa.array([table.texts[slot] for slot in used.tolist()], pa.string())
-    slots = np.zeros(len(value), np.int64)
-    slots[told] = np.arange(len(used))
-    return pa.array(value, mask=told), texts.take(pa.array(slots, mask=~told))
+        return _numbers("value", value), pa.nulls(len(value), pa.string())
+    texts = [table.texts[slot] for slot in slots[told].tolist()]
+    there = told.copy()
+    there[told] = [text is not None for text in texts]
+    return _numbers("value", value, ~told), _strings([text for text in texts if text is not None], there)
+
+
+def _numbers(name: str, values: npt.NDArray[Any], there: npt.NDArray[np.bool_] | None = None) -> Any:
+    """Return a column of numbers, null where they are not `there`; NaN is a value like any other."""
+    return _array(SCHEMA.field(name).type, values, there)
+
+
+def _strings(texts: Sequence[str], there: npt.NDArray[np.bool_] | None = None) -> Any:
+    """Return a string column of `texts`, at the rows that are `there` if these are given, null elsewhere."""
+    parts = [text.encode() for text in texts]
+    there = np.ones(len(parts), np.bool_) if there is None else there
+    offsets = np.zeros(len(there) + 1, np.int32)
+    offsets[1:][there] = [len(part) for part in parts]
+    np.cumsum(offsets, out=offsets)
+    validity = None if there.all() else _bits(there)
+    return pa.Array.from_buffers(pa.string(), len(there), [validity, pa.py_buffer(offsets), pa.py_buffer(b"".join(parts))])
+
+
+def _bits(there: npt.NDArray[np.bool_]) -> Any:
+    return pa.py_buffer(np.packbits(there, bitorder="little"))
+
+
+def _array(kind: Any, values: npt.NDArray[Any], there: npt.NDArray[np.bool_] | None) -> Any:
+    assert values.itemsize * 8 == kind.bit_width, (kind, values.dtype)
+    validity = None if there is None or there.all() else _bits(there)
+    return pa.Array.from_buffers(kind, len(values), [validity, pa.py_buffer(np.ascontiguousarray(values))])
 
 
 def _constant(text: str, rows: int) -> Any:
     return _codes(np.zeros(rows, np.int32), [text])
 
 
-def _of_source(texts: list[str | None], source: npt.NDArray[Any]) -> Any:
-    """Return the column of a property of writers; equal texts share a code, and None is null."""
-    known = list(dict.fromkeys(text for text in texts if text is not None))
-    code = np.array([-1 if text is None else known.index(text) for text in texts], np.int32)[source]
-    return _codes(code, known) if code.min() >= 0 else _codes(code, known, mask=code < 0)
+def _told(texts: Sequence[str | None], source: npt.NDArray[Any]) -> Any:
+    """Return the column of a text of writers; equal texts share a code, and None is null."""
+    known: dict[str, int] = {}
+    codes = np.array([-1 if text is None else known.setdefault(text, len(known)) for text in texts], np.int32)[source]
+    return _codes(codes, list(known))
 
 
-def _codes(codes: npt.NDArray[np.int32], texts: list[str], mask: npt.NDArray[np.bool_] | None = None) -> Any:
-    return pa.DictionaryArray.from_arrays(pa.array(codes, mask=mask), pa.array(texts, pa.string()))
+def _counted(name: str, counts: Sequence[int | None], source: npt.NDArray[Any]) -> Any:
+    """Return the column of a count of writers; None is null."""
+    there = np.array([count is not None for count in counts])[source]
+    return _numbers(name, np.array([count or 0 for count in counts], np.int32)[source], there)
+
+
+def _codes(codes: npt.NDArray[Any], texts: Sequence[str]) -> Any:
+    """Return a column of texts by their codes; -1 is null."""
+    return pa.DictionaryArray.from_arrays(_array(pa.int32(), codes, codes >= 0), _strings(texts))

@@ -20,7 +20,6 @@ from pathlib import Path
 from ranklog import fs
 from ranklog.failpoint import failpoint
 from ranklog.layout import Lsn
-
 from ranklogd.sequence import WriterState
 from ranklogd.wal import segment
 from ranklogd.wal.segment import EntryType, SegmentHeader, WriterMark
@@ -55,7 +54,9 @@ class WalIdentity:
 class Wal:
     """The open segment and what waits for the next commit."""
 
-    def __init__(self, directory: Path, identity: WalIdentity, first_lsn: int, marks: Callable[[], tuple[WriterMark, ...]]) -> None:
+    def __init__(
+        self, directory: Path, identity: WalIdentity, first_lsn: int, marks: Callable[[], tuple[WriterMark, ...]]
+    ) -> None:
         self.next_lsn = first_lsn
         self.pending_bytes = 0
         self.poisoned = 0
@@ -65,6 +66,7 @@ class Wal:
         self._marks = marks
         self._pending: list[WalBatch] = []
         self._fd = -1
+        self._introduced: set[bytes] = set()
         self._open(first_lsn)
 
     @property
@@ -132,10 +134,14 @@ class Wal:
             state = batch.state
             if state.writer not in introduced:
                 head = segment.WRITER.pack(state.writer, state.attempt)
-                buffers += segment.encode_entry(self._salt, lsn, batch.recv_ns, state.uid, EntryType.WRITER, head, state.start_frame)
+                buffers += segment.encode_entry(
+                    self._salt, lsn, batch.recv_ns, state.uid, EntryType.WRITER, head, state.start_frame
+                )
                 introduced.add(state.writer)
             head = segment.BATCH.pack(state.writer, batch.first_seq, batch.count)
-            buffers += segment.encode_entry(self._salt, lsn, batch.recv_ns, state.uid, EntryType.BATCH, head, batch.frames)
+            buffers += segment.encode_entry(
+                self._salt, lsn, batch.recv_ns, state.uid, EntryType.BATCH, head, batch.frames
+            )
             lsn += batch.count
         for start in range(0, len(buffers), IOV_MAX):
             part = buffers[start : start + IOV_MAX]
@@ -184,7 +190,9 @@ class Wal:
         """Create a segment and write into it from now on; raises OSError and changes nothing."""
         salt = secrets.randbits(32)
         head = segment.encode_header(
-            SegmentHeader(self._identity.node, self._identity.store_id, Lsn(first_lsn), self._identity.boot, salt, self._marks())
+            SegmentHeader(
+                self._identity.node, self._identity.store_id, Lsn(first_lsn), self._identity.boot, salt, self._marks()
+            )
         )
         path = self._directory / segment.open_name(first_lsn)
         hidden = self._directory / f".{path.name}"
@@ -201,7 +209,7 @@ class Wal:
         self._fd = fd
         self._first_lsn, self._salt, self._offset = first_lsn, salt, len(head)
         self._synced_count = 0
-        self._introduced: set[bytes] = set()
+        self._introduced = set()
 
     def close(self) -> None:
         """Close the open segment; it stays for the next start."""

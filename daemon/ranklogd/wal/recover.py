@@ -15,7 +15,6 @@ from ranklog import fs
 from ranklog.errors import FormatError
 from ranklog.frame import Kind, body_at, spans
 from ranklog.start import decode_start
-
 from ranklogd.sequence import run_key
 from ranklogd.statedir import StateDir
 from ranklogd.wal import segment
@@ -113,7 +112,7 @@ def _apply(marks: dict[bytes, WriterMark], entry: Entry, now_s: int) -> int:
     mark = marks.get(writer) or WriterMark(entry.uid, writer, -1, 0, b"", 0)
     ended = any(span.kind == Kind.END for span in spans(entry.payload, segment.BATCH.size))
     marks[writer] = mark._replace(last_seq=first_seq + count - 1, ended_s=now_s if ended else mark.ended_s)
-    return entry.lsn + count - 1
+    return int(entry.lsn + count - 1)
 
 
 def _settle(path: Path, size: int) -> None:

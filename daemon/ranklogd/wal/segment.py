@@ -19,6 +19,7 @@ corruption, keep a copy and go on; nothing follows = torn tail, which was never 
     {first_lsn:016x}-{last_lsn:016x}.wal      sealed; entries beyond last_lsn do not count (see `log.Wal`)
 """
 
+import operator
 import re
 import struct
 import zlib
@@ -28,6 +29,7 @@ from enum import IntEnum
 from typing import Any, NamedTuple
 
 import msgpack
+
 from ranklog.errors import FormatError
 from ranklog.layout import Lsn
 
@@ -39,6 +41,7 @@ _ENTRY_TAIL = struct.Struct("<IQQIII")
 WRITER = struct.Struct("<16sI")
 BATCH = struct.Struct("<16sQI")
 UID_UNKNOWN = 0xFFFFFFFF
+_UPGRADE = "upgrade ranklog"
 
 _OPEN = re.compile(r"([0-9a-f]{16})\.open")
 _SEALED = re.compile(r"([0-9a-f]{16})-([0-9a-f]{16})\.wal")
@@ -119,15 +122,17 @@ def parse_sealed(name: str) -> tuple[Lsn, Lsn] | None:
 
 def encode_header(header: SegmentHeader) -> bytes:
     """Return the bytes of a segment's head."""
-    meta: bytes = msgpack.packb({
-        "version": VERSION,
-        "node": header.node,
-        "store_id": header.store_id,
-        "first_lsn": header.first_lsn,
-        "boot": header.boot,
-        "salt": header.salt,
-        "writers": [list(mark) for mark in header.writers],
-    })
+    meta: bytes = msgpack.packb(
+        {
+            "version": VERSION,
+            "node": header.node,
+            "store_id": header.store_id,
+            "first_lsn": header.first_lsn,
+            "boot": header.boot,
+            "salt": header.salt,
+            "writers": [list(mark) for mark in header.writers],
+        }
+    )
     sized = len(meta).to_bytes(4, "little") + meta
     return MAGIC + zlib.crc32(sized).to_bytes(4, "little") + sized
 
@@ -136,23 +141,30 @@ def decode_header(buffer: memoryview) -> tuple[SegmentHeader, int]:
     """Return (header, offset of the first entry); raises FormatError saying what is wrong."""
     start = len(MAGIC) + _HEADER.size
     if bytes(buffer[: len(MAGIC)]) != MAGIC:
-        if bytes(buffer[:7]) == MAGIC[:7]:
-            raise FormatError(f"segment of a later format {bytes(buffer[:8])!r}; this version reads {MAGIC!r}: upgrade ranklog")
+        if len(buffer) >= len(MAGIC) and bytes(buffer[:7]) == MAGIC[:7]:
+            found = bytes(buffer[: len(MAGIC)])
+            raise FormatError(f"segment of a later format {found!r}; this version reads {MAGIC!r}: {_UPGRADE}")
         raise FormatError("not a WAL segment: bad magic")
     if len(buffer) < start:
         raise FormatError("segment header is cut short")
     crc, size = _HEADER.unpack_from(buffer, len(MAGIC))
     if start + size > len(buffer) or zlib.crc32(buffer[start - 4 : start + size]) != crc:
         raise FormatError("segment header is damaged")
-    meta: dict[str, Any] = msgpack.unpackb(buffer[start : start + size])
-    if meta["version"] > VERSION:
-        raise FormatError(f"segment has format version {meta['version']}; this version reads {VERSION}: upgrade ranklog")
-    marks = tuple(WriterMark(*row[: len(WriterMark._fields)]) for row in meta["writers"])
-    header = SegmentHeader(meta["node"], meta["store_id"], Lsn(meta["first_lsn"]), meta["boot"], meta["salt"], marks)
+    try:
+        meta: dict[str, Any] = msgpack.unpackb(buffer[start : start + size])
+        version, first_lsn, salt = (operator.index(meta[name]) for name in ("version", "first_lsn", "salt"))
+        if version > VERSION:
+            raise FormatError(f"segment has format version {version}; this version reads {VERSION}: {_UPGRADE}")
+        marks = tuple(WriterMark(*row[: len(WriterMark._fields)]) for row in meta["writers"])
+        header = SegmentHeader(meta["node"], meta["store_id"], Lsn(first_lsn), meta["boot"], salt, marks)
+    except (ValueError, TypeError, KeyError, msgpack.exceptions.UnpackException) as exc:
+        raise FormatError(f"segment header is not one of ours: {type(exc).__name__} {exc}") from exc
     return header, start + size
 
 
-def encode_entry(salt: int, lsn: int, recv_ns: int, uid: int, kind: EntryType, *parts: bytes | memoryview) -> list[bytes | memoryview]:
+def encode_entry(
+    salt: int, lsn: int, recv_ns: int, uid: int, kind: EntryType, *parts: bytes | memoryview
+) -> list[bytes | memoryview]:
     """Return an entry as a list of buffers for one writev; `parts` together are its bytes."""
     crc, size = 0, 0
     for part in parts:
@@ -181,10 +193,10 @@ def entry_at(buffer: memoryview, salt: int, offset: int) -> Entry | None:
 
 
 def scan(buffer: memoryview, salt: int, offset: int, first_lsn: int) -> Iterator[Entry | Damage]:
-    """Yield entries in order, and a Damage for each stretch of bytes between valid ones; a torn tail ends it silently."""
+    """Yield entries in order, and a Damage for each stretch of bytes between valid ones; a torn tail ends it."""
     lsn = first_lsn
     needle = salt.to_bytes(4, "little")
-    whole = bytes(buffer) if len(buffer) < offset else None
+    whole: bytes | None = None
     while offset < len(buffer):
         entry = entry_at(buffer, salt, offset)
         if entry is not None and entry.lsn >= lsn:

@@ -1,0 +1,229 @@
+"""The shipper: sealed segments to shards, shards to the store. `python -m ranklogd.ship.shipper`, config on stdin.
+
+    main thread      sealed segment ─▶ shards in the outbox ─▶ report          woken by wal/, uploads, signals
+    upload thread    outbox ─▶ store ─▶ cache or gone ─▶ retention             woken by conversions
+
+Conversion never waits for the store: a put that hangs for ever holds up its own thread only. What each thread owns it
+finds as files, so neither tells the other more than "look". A rescan is the truth, every wake-up an optimisation.
+
+SIGTERM: finish what is running, convert and upload what is left until `stop_deadline_s`, exit 0. A second signal
+exits at once. What remains is found by the next shipper.
+"""
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from types import FrameType
+
+from ranklog import fs
+from ranklog.errors import RanklogError
+from ranklog.stores.base import Store, open_store
+from ranklogd.config import Config
+from ranklogd.ship.conversion import Conversion
+from ranklogd.ship.convert import Converted
+from ranklogd.ship.counters import ShipperReport, read_counts, write_report
+from ranklogd.ship.guard import outcome
+from ranklogd.ship.process import Waker, close_inherited_fds, die_with_parent, read_line, watch_stdin
+from ranklogd.ship.retention import retain
+from ranklogd.ship.upload import Uploader
+from ranklogd.statedir import StateDir
+from ranklogd.wal.segment import parse_open, parse_sealed
+from ranklogd.watch import Watch
+
+_log = logging.getLogger(__name__)
+
+RETAIN_INTERVAL_S = 30.0
+NICE = 5
+EXIT_CONFIG = 78
+_ERROR_PAUSE_S = 1.0  # After something failed that should not have: neither give up nor spin.
+
+
+class Shipper:
+    """Both halves over one state directory. `step` does everything there is to do once; `run` is the process."""
+
+    def __init__(
+        self, config: Config, *, store: Store | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.state = StateDir(config.state_dir)
+        for room in self.state.rooms:
+            fs.make_dir(room)
+        self.conversion = Conversion(self.state, config, clock=clock)
+        self.uploader = Uploader(store or open_store(config.to), self.state, config, clock=clock)
+        self._config = config
+        self._clock = clock
+        self._before = self._counts = read_counts(self.state.shipper_report)
+        self._internal_error = ""
+        self._retained_s = -RETAIN_INTERVAL_S
+        self._main = Waker()
+        self._upload = Waker()
+        self._stopping = False
+        self.conversion.start()
+
+    def step(self) -> ShipperReport:
+        """Convert and upload all that is due, keep the cache in its bounds, write the report. For tests and tools."""
+        while self.convert_one() is not None:
+            continue
+        while self.upload_some() == 0:
+            continue
+        return self.report()
+
+    def convert_one(self) -> Converted | None:
+        """Convert one segment that is due; None if there is none."""
+        done = outcome(self.conversion.step)
+        if isinstance(done, Converted):
+            self._counts = replace(
+                self._counts,
+                converted_segments=self._counts.converted_segments + 1,
+                shards=self._counts.shards + len(done.shards),
+                rows=self._counts.rows + done.rows,
+                quarantined_records=self._counts.quarantined_records + done.quarantined_records,
+                damaged_stretches=self._counts.damaged_stretches + done.damaged_stretches,
+            )
+            return done
+        if done is not None:
+            self._trouble("conversion", done)
+        return None
+
+    def upload_some(self) -> float | None:
+        """Upload one batch; return seconds until the next call is of use, None if only news can make it so."""
+        wait_s = outcome(self.uploader.step)
+        if isinstance(wait_s, Exception):
+            self._trouble("upload", wait_s)
+            return _ERROR_PAUSE_S
+        self._internal_error = ""
+        if self._clock() - self._retained_s >= RETAIN_INTERVAL_S:
+            self._retained_s = self._clock()
+            size_max = self._config.cache_size_bytes if self._config.keeps_cache else 0
+            done = outcome(partial(retain, self.state.cache, age_max_s=self._config.cache_age_s, size_max=size_max))
+            if isinstance(done, Exception):
+                self._trouble("retention", done)
+        return wait_s
+
+    def report(self) -> ShipperReport:
+        """Write the report and return it."""
+        done = outcome(self._measure)
+        if isinstance(done, Exception):
+            self._trouble("report", done)
+            return self._counts
+        return done
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT, then drain; returns when everything is uploaded or the time is over."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        threading.Thread(target=self._upload_loop, name="upload", daemon=True).start()
+        watch = outcome(lambda: Watch([self.state.wal]))
+        fds = [watch.fd] if isinstance(watch, Watch) else []
+        if isinstance(watch, Exception):
+            _log.info("watch_unavailable error=%s; looking every %g s", watch, self._config.rescan_interval_s)
+        deadline_s: float | None = None
+        while True:
+            if isinstance(watch, Watch):
+                watch.clear()
+            if self._stopping and deadline_s is None:
+                deadline_s = self._clock() + self._config.stop_deadline_s
+                self.conversion.hurry()
+                self.uploader.hurry()
+                self._upload.wake()
+            converted = self.convert_one()
+            report = self.report()
+            if deadline_s is not None:
+                left = report.backlog_segments + report.backlog_shards
+                if not left or self._clock() >= deadline_s:
+                    _log.info("shipper_stopped segments=%d shards=%d", report.backlog_segments, report.backlog_shards)
+                    return
+            if converted is not None:
+                self._upload.wake()
+                continue
+            wait_s = self._config.rescan_interval_s
+            self._main.wait(wait_s if deadline_s is None else min(wait_s, deadline_s - self._clock(), 0.2), *fds)
+
+    def _upload_loop(self) -> None:
+        while True:
+            wait_s = self.upload_some()
+            if wait_s == 0:
+                self._main.wake()  # For the report.
+            else:
+                self._upload.wait(min(self._config.rescan_interval_s, wait_s or self._config.rescan_interval_s))
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        if self._stopping:
+            os._exit(1)
+        self._stopping = True
+        self._main.wake()
+
+    def _measure(self) -> ShipperReport:
+        sealed = self.conversion.sealed()
+        self.uploader.outbox.refresh()
+        totals = self.uploader.outbox.totals()
+        error, kind = self._error()
+        report = replace(
+            self._counts,
+            pid=os.getpid(),
+            uploaded_shards=self._before.uploaded_shards + self.uploader.uploaded_shards,
+            uploaded_bytes=self._before.uploaded_bytes + self.uploader.uploaded_bytes,
+            last_upload_s=self.uploader.last_upload_s or self._before.last_upload_s,
+            dead_letters=sum(not path.name.endswith(".reason") for path in self.state.deadletter.rglob("*.*")),
+            last_error=error,
+            last_error_class=kind,
+            next_try_s=self.uploader.next_try_s(),
+            backlog_segments=len(sealed),
+            backlog_shards=totals.shards,
+            backlog_bytes=totals.size_bytes + sum(path.stat().st_size for path in sealed),
+            uploaded_lsn=self._uploaded_lsn(),
+        )
+        write_report(self.state.shipper_report, report)
+        return report
+
+    def _uploaded_lsn(self) -> int:
+        """Return the lsn below everything that still waits, in the WAL or in the outbox."""
+        waiting = []
+        for name in (*os.listdir(self.state.wal), self.uploader.outbox.first_segment() or ""):
+            sealed, first = parse_sealed(name), parse_open(name)
+            waiting += [sealed[0]] if sealed else [] if first is None else [first]
+        return max(0, min(waiting, default=1) - 1)
+
+    def _error(self) -> tuple[str, str]:
+        since_s = self.uploader.busy_since_s
+        if since_s is not None and self._clock() - since_s > self._config.upload_deadline_s:
+            return f"{self._config.to} has not answered for {self._clock() - since_s:.0f} s", "hung"
+        if self.uploader.last_error:
+            return self.uploader.last_error, self.uploader.last_error_class
+        if self.conversion.last_error:
+            return self.conversion.last_error, "conversion"
+        return self._internal_error, "internal" if self._internal_error else ""
+
+    def _trouble(self, where: str, exc: Exception) -> None:
+        text = f"{where}: {type(exc).__name__}: {exc}"
+        if text != self._internal_error:
+            _log.error("shipper_trouble %s", text, exc_info=exc)
+        self._internal_error = text
+
+
+def main() -> int:
+    """Be the shipper process; return its exit code."""
+    close_inherited_fds()
+    die_with_parent()
+    try:
+        config = Config.from_json(read_line(0))
+        logging.basicConfig(level=config.log_level.upper(), format="%(name)s %(levelname)s %(message)s")
+        watch_stdin()
+        os.nice(NICE)
+        Shipper(config).run()
+    except RanklogError as exc:
+        sys.stderr.write(f"ranklogd shipper: {exc}\n")
+        return EXIT_CONFIG
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stderr.flush()
+    # Not sys.exit: the upload thread may be inside a store's library, and must not be unwound under it.
+    os._exit(code)

@@ -1,0 +1,234 @@
+"""From the outbox to the store: put, verify, mark. The mark is the file leaving the outbox.
+
+    read again, hash = the name's?   no: quarantine, for bad bytes must never be uploaded
+    put, head                        transient error: that run's shards wait, with full jitter, for ever
+                                     permanent error: deadletter/<key> with its reason, the others flow on
+    outbox/… -> cache/<key>          or unlinked, where no cache is kept; directories synced
+
+Everything before the mark may happen twice: the same file goes to the same key. Backoff is kept for each folder (a
+run), so one directory that cannot be written to does not stop the neighbours; as soon as one that failed succeeds
+the store is back, and nobody waits any longer. Order within a run is kept.
+
+`step` never sleeps: it does one batch and says when to call again, so whoever owns the loop can always be woken.
+"""
+
+import hashlib
+import logging
+import os
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ranklog import fs
+from ranklog.errors import StoreError
+from ranklog.failpoint import failpoint
+from ranklog.layout import parse_key
+from ranklog.stores.base import Store, Upload
+from ranklogd.config import Config
+from ranklogd.retry import backoff_s
+from ranklogd.ship.outbox import Outbox, folder_of, set_aside
+from ranklogd.statedir import StateDir
+
+_log = logging.getLogger(__name__)
+_CHUNK_SIZE = 1 << 20
+_LISTED_MAX = 200  # Names tried beside a taken one in the quarantine.
+
+
+class _Hold(NamedTuple):
+    failures: int
+    until_s: float
+
+
+class Uploader:
+    """Uploads what is in the outbox. Owned by one thread; its counters may be read from others."""
+
+    def __init__(
+        self,
+        store: Store,
+        state: StateDir,
+        config: Config,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        dice: Callable[[], float] = random.random,
+    ) -> None:
+        self.outbox = Outbox(state)
+        self.uploaded_shards = 0
+        self.uploaded_bytes = 0
+        self.last_upload_s = 0.0
+        """When the last one was marked, seconds since the epoch; 0: none yet."""
+        self.last_error = ""
+        """Why something waits now; empty once everything flows again."""
+        self.last_error_class = ""
+        self.busy_since_s: float | None = None
+        """The clock when the store call that is running now began."""
+        self._store = store
+        self._state = state
+        self._config = config
+        self._clock = clock
+        self._dice = dice
+        self._holds: dict[str, _Hold] = {}
+        self._hurry = False
+
+    def step(self) -> float | None:
+        """Upload one batch. Return seconds until the next call is of use: 0 now, None when nothing waits.
+
+        Raises OSError if the state directory fails; calling again is then always right.
+        """
+        if self._hurry:
+            self._hurry, self._holds = False, {}
+        self.outbox.refresh()
+        now_s = self._clock()
+        batch = self._choose(now_s)
+        if not batch:
+            self.outbox.settle([])
+            return self._wait_s(now_s)
+        failpoint("upload.before")
+        intact = [upload for upload in batch if self._is_intact(upload)]
+        results = self._send(intact)
+        sent = [upload for upload in intact if results[upload.key] is None]
+        failpoint("upload.verified.before_mark")
+        self._mark(sent)
+        self._judge(intact, results)
+        self.outbox.settle(batch)
+        return 0.0
+
+    def hurry(self) -> None:
+        """Forget every wait: the next step tries everything. May be called from any thread."""
+        self._hurry = True
+
+    def next_try_s(self) -> float:
+        """Return seconds until something that failed is tried again; 0 if nothing waits for that."""
+        now_s = self._clock()
+        return max(0.0, min((hold.until_s - now_s for hold in list(self._holds.values())), default=0.0))
+
+    def _choose(self, now_s: float) -> list[Upload]:
+        batch: list[Upload] = []
+        for upload in self.outbox.pending(lambda folder: self._is_held(folder, now_s)):
+            batch.append(upload)
+            if len(batch) == self._config.upload_batch_max:
+                break
+        return batch
+
+    def _is_held(self, folder: str, now_s: float) -> bool:
+        hold = self._holds.get(folder)
+        return hold is not None and hold.until_s > now_s
+
+    def _wait_s(self, now_s: float) -> float | None:
+        waiting = self.outbox.folders()
+        self._holds = {folder: hold for folder, hold in self._holds.items() if folder in waiting}
+        if not self._holds:
+            self.last_error = self.last_error_class = ""
+            return None
+        return max(0.0, min(hold.until_s for hold in self._holds.values()) - now_s)
+
+    def _is_intact(self, upload: Upload) -> bool:
+        """Return whether the file is what its name says; else move it to the quarantine, or note that it is gone."""
+        key = parse_key(upload.key)
+        try:
+            if key is None:
+                reason = f"{upload.key} is not a shard's name"
+            elif not _sha256(upload.source).startswith(key.sha256):
+                reason = f"{upload.key}: the bytes on disk are not those that were named; they were not uploaded"
+            else:
+                return True
+        except FileNotFoundError:
+            return False
+        except OSError as exc:
+            reason = f"{upload.key} cannot be read: {exc}"
+        self._report(reason, "damaged")
+        set_aside(upload.source, _free_name(self._state.quarantine / upload.source.name), reason)
+        return False
+
+    def _send(self, uploads: Sequence[Upload]) -> dict[str, StoreError | None]:
+        """Put and verify; return what became of each key."""
+        if not uploads:
+            return {}
+        self.busy_since_s = self._clock()
+        try:
+            given = self._store.put(uploads)
+            failpoint("upload.sent.before_reply")
+            unanswered = StoreError(f"{self._store.url} said nothing about it", permanent=False)
+            return {u.key: given.get(u.key, unanswered) or self._verify(u) for u in uploads}
+        except StoreError as exc:
+            return dict.fromkeys((upload.key for upload in uploads), exc)
+        finally:
+            self.busy_since_s = None
+
+    def _verify(self, upload: Upload) -> StoreError | None:
+        """Ask the store itself what it has: a put that only says it worked is not enough to let a file go."""
+        try:
+            there = self._store.head(upload.key)
+        except StoreError as exc:
+            return exc
+        size_bytes = upload.source.stat().st_size
+        if there is None:
+            return StoreError(f"{upload.key} was sent, but {self._store.url} does not have it", permanent=False)
+        if there.size_bytes != size_bytes:
+            text = f"{upload.key} has {there.size_bytes} bytes in {self._store.url}, and {size_bytes} here"
+            return StoreError(text, permanent=True)
+        return None
+
+    def _mark(self, sent: Iterable[Upload]) -> None:
+        changed: set[Path] = set()
+        for upload in sent:
+            size_bytes = upload.source.stat().st_size
+            if self._config.keeps_cache:
+                target = self._state.cache / upload.key
+                fs.make_dir(target.parent)
+                os.utime(upload.source)  # Its age in the cache counts from here.
+                fs.rename(upload.source, target)
+                changed.add(target.parent)
+            else:
+                fs.unlink(upload.source)
+            failpoint("mark.rename.after")
+            changed.add(upload.source.parent)
+            self.uploaded_shards += 1
+            self.uploaded_bytes += size_bytes
+            self.last_upload_s = time.time()
+        for directory in sorted(changed):
+            fs.sync_dir(directory)
+
+    def _judge(self, uploads: Iterable[Upload], results: dict[str, StoreError | None]) -> None:
+        """Hold the folders that failed, give up what will never be taken, and let everybody go once the store is back."""
+        failed: dict[str, StoreError] = {}
+        succeeded: set[str] = set()
+        for upload in uploads:
+            error = results[upload.key]
+            if error is None:
+                succeeded.add(folder_of(upload.key))
+            elif not error.permanent:
+                failed.setdefault(folder_of(upload.key), error)
+            else:
+                self._report(f"{upload.key} is in {self._state.deadletter}: {error}", "permanent")
+                set_aside(upload.source, self._state.deadletter / upload.key, str(error))
+        if succeeded & self._holds.keys():
+            _log.info("upload_recovered store=%s", self._store.url)
+            self._holds = {}
+        for folder, error in failed.items():
+            failures = self._holds.get(folder, _Hold(0, 0.0)).failures + 1
+            wait_s = backoff_s(
+                failures, base_s=self._config.retry_base_s, max_s=self._config.retry_max_s, dice=self._dice()
+            )
+            self._holds[folder] = _Hold(failures, self._clock() + wait_s)
+            self._report(str(error), "transient")
+
+    def _report(self, text: str, kind: str) -> None:
+        if (text, kind) != (self.last_error, self.last_error_class):
+            _log.warning("upload_failed class=%s error=%s", kind, text)
+        self.last_error, self.last_error_class = text, kind
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_SIZE):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _free_name(path: Path) -> Path:
+    """Return `path`, or a name beside it that is not taken: evidence is never overwritten."""
+    names = [path, *(path.with_name(f"{path.name}.{number}") for number in range(2, _LISTED_MAX))]
+    return next((name for name in names if not name.exists()), names[-1])
