@@ -1,10 +1,13 @@
 """Segments as the ingest process writes them, made from frames: material for the tests and benches of the shipper."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgpack
+import pyarrow as pa
+import pyarrow.parquet as pq
 from ranklog.frame import encode_frame
 from ranklog.layout import Lsn
 from ranklog.start import Start, encode_start
@@ -27,8 +30,8 @@ SALT = 0xA5C3_1E77
 
 
 def writer_id(number: int) -> str:
-    """Return a writer's id, the same for the same number."""
-    return f"{number:032x}"
+    """Return a writer's id: as unlike any other as real ones are, the same for the same number."""
+    return hashlib.sha256(str(number).encode()).hexdigest()[:32]
 
 
 def start_of(number: int = 1, **fields: Any) -> Start:
@@ -85,3 +88,15 @@ def make_state(root: Path) -> StateDir:
     for room in state.rooms:
         room.mkdir(parents=True)
     return state
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows of all shards below `folder`, file after file, each in its stored order; ts columns as ints (µs)."""
+    rows: list[dict[str, Any]] = []
+    for path in sorted(folder.rglob("*.parquet")):
+        table = pq.ParquetFile(path).read()
+        for name in ("ts", "recv_ts"):
+            place = table.schema.get_field_index(name)
+            table = table.set_column(place, name, table[name].cast(pa.int64()))
+        rows += table.to_pylist()
+    return rows

@@ -219,3 +219,8 @@ def _check_socket(name: str, path: Path | None) -> None:
             f"{name}: the socket {str(path)!r} has a path of {len(os.fsencode(path))} bytes, and the kernel takes "
             f"{SOCKET_PATH_SIZE_MAX}; choose a shorter directory, such as one below /tmp"
         )
+
+
+def environment() -> dict[str, str]:
+    """Return a copy of this process's environment, to build a child's from."""
+    return dict(os.environ)

@@ -140,22 +140,22 @@ def ensure_private_dir(path: Path) -> None:
     Raises UsageError where it is a symbolic link, no directory, or somebody else's; OSError where it cannot be made.
     """
     uid = os.geteuid()
-    _refuse_planted(path, uid)  # Before, so that nothing is created inside a trap …
+    _refuse_trap(path, uid)  # Before, so that nothing is created inside a trap …
     fs.make_dir(path)
-    _refuse_planted(path, uid)  # … and after, for one that was set up meanwhile.
+    _refuse_trap(path, uid)  # … and after, for one that was set up meanwhile.
     info = path.lstat()
-    if stat.S_ISLNK(info.st_mode):
-        raise UsageError(_trap(path, "is a symbolic link"))
-    if not stat.S_ISDIR(info.st_mode):
-        raise UsageError(_trap(path, "is not a directory"))
     if info.st_uid != uid:
         raise UsageError(_trap(path, f"belongs to user {info.st_uid}, not to {uid}"))
     if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         path.chmod(stat.S_IMODE(info.st_mode) & ~(stat.S_IWGRP | stat.S_IWOTH))
 
 
-def _refuse_planted(path: Path, uid: int) -> None:
+def _refuse_trap(path: Path, uid: int) -> None:
     part = _planted(path, uid)
+    if path.is_symlink():
+        raise UsageError(_trap(path, "is a symbolic link"))
+    if os.path.lexists(path) and not path.is_dir():
+        raise UsageError(_trap(path, "is not a directory"))
     if part is not None:
         raise UsageError(_trap(part, f"is in a directory open to everybody and belongs to user {part.lstat().st_uid}"))
 

@@ -10,6 +10,7 @@ holds its last record. Hostile files (links, FIFOs, foreign content) are left al
 One piece at a time, driven by the server loop: a backlog of gigabytes neither delays an ack nor fills the memory.
 """
 
+import contextlib
 import os
 import time
 from collections import defaultdict
@@ -69,7 +70,7 @@ class Adopter:
                     found[name.writer].append(directory / entry)
         self.held = {bytes.fromhex(writer) for writer in found}
         self.waiting_offline &= set(found)
-        self._queue = sorted(found.items())
+        self._queue = sorted(found.items(), key=lambda item: _written_ns(item[1]))
 
     @property
     def busy(self) -> bool:
@@ -197,6 +198,15 @@ def owner_gone(start: Start) -> bool:
         return False
     now = process_start(start.pid)
     return now is None or start.pid_start not in (0, now)
+
+
+def _written_ns(paths: list[Path]) -> int:
+    """Return when the newest of these files was written: an earlier attempt of a rank is adopted before a later one."""
+    newest = 0
+    for path in paths:
+        with contextlib.suppress(OSError):
+            newest = max(newest, os.lstat(path).st_mtime_ns)
+    return newest
 
 
 def _now_ns() -> int:

@@ -40,6 +40,7 @@ class WriterState:
     attempt: int
     run_key: bytes
     ended_s: int = 0
+    start_ns: int = 0
     start: Start | None = None
     """None until the writer says HELLO to this process of the daemon, or its files are adopted."""
     start_frame: bytes = b""
@@ -62,7 +63,9 @@ class Writers:
 
     def __init__(self, marks: Iterable[WriterMark] = ()) -> None:
         self._states = {
-            m.writer: WriterState(m.writer, m.uid, m.last_seq + 1, m.last_seq, m.attempt, m.run_key, m.ended_s)
+            m.writer: WriterState(
+                m.writer, m.uid, m.last_seq + 1, m.last_seq, m.attempt, m.run_key, m.ended_s, m.start_ns
+            )
             for m in marks
         }
 
@@ -83,7 +86,7 @@ class Writers:
         if state is None:
             # Seqs below the base of a writer nobody here knows were taken by another daemon: not lost.
             key = run_key(start)
-            state = WriterState(writer, uid, base, base - 1, self._attempt(start, key), key)
+            state = WriterState(writer, uid, base, base - 1, self._attempt(start, key), key, 0, start.wall_ns)
             self._states[writer] = state
         if state.uid != uid:
             return None
@@ -97,8 +100,8 @@ class Writers:
             # A forked worker is not a restart of the rank it was forked from.
             parent = self._states.get(bytes.fromhex(start.parent)) if _is_hex(start.parent) else None
             return max(start.attempt, parent.attempt if parent else 0)
-        seen = [s.attempt for s in self._states.values() if s.run_key == key]
-        return max(start.attempt, max(seen) + 1 if seen else 0)
+        earlier = [s.attempt for s in self._states.values() if s.run_key == key and s.start_ns < start.wall_ns]
+        return max(start.attempt, max(earlier) + 1 if earlier else 0)
 
     def judge(self, writer: bytes, uid: int, first_seq: int, count: int) -> Verdict:
         """Say what to do with a batch of seqs first_seq … first_seq + count - 1."""
@@ -127,7 +130,8 @@ class Writers:
     def marks(self) -> tuple[WriterMark, ...]:
         """Return the durable state of every writer, for a segment header."""
         return tuple(
-            WriterMark(s.uid, s.writer, s.durable, s.attempt, s.run_key, s.ended_s) for s in self._states.values()
+            WriterMark(s.uid, s.writer, s.durable, s.attempt, s.run_key, s.ended_s, s.start_ns)
+            for s in self._states.values()
         )
 
     def forget(self, now_s: int, keep_s: float, held: set[bytes]) -> int:

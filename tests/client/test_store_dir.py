@@ -212,13 +212,24 @@ def test_a_full_disk_is_transient_names_the_path_and_says_what_to_do(store, root
     assert store.put([Upload(source, KEY)]) == {KEY: None}
 
 
-def test_a_file_where_a_directory_must_be_is_permanent(store, root, source):
+def test_a_file_where_a_directory_must_be_is_transient_for_a_person_can_move_it(store, root, source):
     (root / "v1").mkdir(parents=True)
     (root / "v1/project_id=p").write_bytes(b"in the way")
     error = store.put([Upload(source, KEY)])[KEY]
     assert error is not None
-    assert error.permanent
+    assert not error.permanent
     assert store.head(KEY) is None
+    (root / "v1/project_id=p").unlink()
+    assert store.put([Upload(source, KEY)]) == {KEY: None}
+
+
+def test_a_root_that_is_no_directory_fails_the_call_as_a_whole_and_may_be_tried_again(store, root, source):
+    root.write_bytes(b"in the way")
+    with pytest.raises(StoreError, match="cannot create the store") as refused:
+        store.put([Upload(source, KEY)])
+    assert not refused.value.permanent
+    root.unlink()
+    assert store.put([Upload(source, KEY)]) == {KEY: None}
 
 
 def test_something_else_than_a_file_at_the_key_is_permanent_and_never_listed(store, root, source, tmp_path):
@@ -254,5 +265,5 @@ def test_a_directory_that_cannot_be_read_is_an_error_and_not_an_empty_listing(ro
         list(store.list(""))
     with pytest.raises(StoreError):
         store.head(KEY)
-    error = store.put([Upload(source, KEY)])[KEY]
-    assert error is not None
+    with pytest.raises(StoreError):
+        store.put([Upload(source, KEY)])

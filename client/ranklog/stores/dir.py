@@ -31,8 +31,6 @@ STALE_AFTER_S = 3600
 
 _CHUNK_SIZE = 1 << 20
 
-# Trying again cannot help against these: the name cannot exist here, or something else has it.
-_PERMANENT = frozenset({errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP})
 _DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 # What FUSE and some network filesystems answer to an fsync of a directory: there is none, and no need to wait for it.
 _NO_DIR_SYNC = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF})
@@ -62,6 +60,12 @@ class DirStore:
 
     def put(self, uploads: Sequence[Upload]) -> dict[str, StoreError | None]:
         """Store each file; one fsync of a directory serves all objects put into it."""
+        if not uploads:
+            return {}
+        try:
+            fs.make_dir(self.root, 0o777)
+        except OSError as exc:
+            raise self._error("cannot create the store", exc) from exc
         results: dict[str, StoreError | None] = {}
         changed: dict[Path, list[str]] = {}
         for upload in uploads:
@@ -147,7 +151,6 @@ class DirStore:
             self._require_same(source, target)
             return
         # The umask decides who may read the store, not the modes of the state directory it comes from.
-        fs.make_dir(self.root, 0o777)
         target.parent.mkdir(mode=0o777, parents=True, exist_ok=True)  # `put` syncs the whole chain, new or not.
         temporary = _temporary_beside(target)
         try:
@@ -216,7 +219,8 @@ class DirStore:
             remedy = "check that the filesystem is mounted and healthy"
         where = f": {exc.filename}" if exc.filename else ""
         text = f"{what} in {self.url}: {exc.strerror or exc}{where}; {remedy}"
-        return StoreError(text, permanent=exc.errno in _PERMANENT)
+        # Whatever else is wrong with a filesystem, a person can put it right: only the name itself cannot change.
+        return StoreError(text, permanent=exc.errno == errno.ENAMETOOLONG)
 
 
 def _temporary_beside(target: Path) -> Path:

@@ -99,6 +99,11 @@ class Cut:
         self._columns: list[Columns] = []
         self._values: list[Floats] = []
 
+    @property
+    def names(self) -> int:
+        """How many distinct (kind, key) were met so far, but for the portions that wait."""
+        return len(self._names)
+
     def add(self, portion: Portion) -> None:
         """Take a portion's records."""
         self._waiting.append(portion)

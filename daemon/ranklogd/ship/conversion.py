@@ -97,7 +97,8 @@ class Conversion:
         record = tries.read()
         if record.strikes >= len(VALUES_MAX):
             _log.error("segment_quarantined name=%s reason=%s", path.name, record.last)
-            quarantine_segment(path, self._state, f"{record.strikes} tries to convert it failed. The last: {record.last}")
+            reason = f"{record.strikes} tries to convert it failed. The last: {record.last}"
+            quarantine_segment(path, self._state, reason)
             tries.forget()
             return Converted(damaged_stretches=1)
         with tries.begun() as attempt:
@@ -113,7 +114,8 @@ class Conversion:
 
     def _hold(self, path: Path, exc: Exception) -> None:
         failures = self._waits.get(path.name, _NO_WAIT)[0] + 1
-        wait_s = backoff_s(failures, base_s=self._config.retry_base_s, max_s=self._config.retry_max_s, dice=self._dice())
+        base_s, max_s = self._config.retry_base_s, self._config.retry_max_s
+        wait_s = backoff_s(failures, base_s=base_s, max_s=max_s, dice=self._dice())
         self._waits[path.name] = (failures, self._clock() + wait_s)
         self.last_error = f"{path.name}: {type(exc).__name__}: {exc}"
         _log.warning("conversion_failed name=%s failures=%d", path.name, failures, exc_info=exc)

@@ -4,7 +4,7 @@
     2. remove outbox/<segment>.tmp/, read the segment
     3. write and fsync each cut's shards in outbox/<segment>.tmp/<key>, and the directories
     4. publish what goes to quarantine
-    5. rename to outbox/<segment>/, fsync outbox          committed
+    5. rename to outbox/<segment>/, fsync outbox          committed; a segment without records leaves nothing there
     6. take the segment out of wal/, fsync wal
 
 Nothing in a segment's bytes makes this raise: what cannot be read becomes gap rows and goes to quarantine. An OSError
@@ -35,8 +35,11 @@ from ranklogd.wal.segment import SegmentHeader, decode_header, parse_sealed
 
 VALUES_MAX = 600_000
 """Values of one cut; about 100 MB while it is sorted and encoded."""
-VALUE_SIZE_MAX = 64
-"""A cut also ends at this many bytes for each value it may have: long texts are held in memory like values."""
+VALUE_SIZE_MAX = 32
+"""A cut also ends at this many bytes of frames for each value it may have: texts are held in memory like values. A
+float with its key takes 26 in a record of twelve."""
+NAME_VALUES = 8
+"""A cut also ends when it has one name for this many values it may have: a new name costs as much memory."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,10 @@ def convert_segment(path: Path, state: StateDir, *, values_max: int = VALUES_MAX
     _sync_dirs(temporary)
     failpoint("shard.sync.after")
     keep_evidence(path, state, buffer, offset, walk.evidence)
-    fs.rename(temporary, target)
+    if converted.shards:
+        fs.rename(temporary, target)
+    else:
+        fs.remove_tree(temporary)
     failpoint("outbox.rename.after")
     fs.sync_dir(state.outbox)
     failpoint("outbox.dirsync.after")
@@ -115,8 +121,12 @@ def _open(name: str, buffer: memoryview) -> tuple[SegmentHeader, int, int]:
 def _cuts(walk: Walk, offset: int, values_max: int) -> Iterator[Cut]:
     cut = Cut()
     for portion in walk.portions(offset):
-        full = cut.values + portion.values > values_max
-        if cut.values and (full or cut.size_bytes + portion.size_bytes > values_max * VALUE_SIZE_MAX):
+        full = (
+            cut.values + portion.values > values_max
+            or cut.size_bytes + portion.size_bytes > values_max * VALUE_SIZE_MAX
+            or cut.names * NAME_VALUES > values_max
+        )
+        if cut.values and full:
             yield cut
             cut = Cut()
         cut.add(portion)

@@ -40,13 +40,18 @@ class Outbox:
     def refresh(self) -> None:
         """Read the names of segments again; raises OSError."""
         with self._lock:
-            names = [name for name in os.listdir(self._state.outbox) if not name.endswith(".tmp")]
-            gone = self._segments.keys() - names
-            for name in gone:
+            with os.scandir(self._state.outbox) as entries:
+                names = {entry.name for entry in entries if entry.is_dir() and not entry.name.endswith(".tmp")}
+            for name in self._segments.keys() - names:
                 del self._segments[name]
             for name in names:
                 if name not in self._segments and not (self._state.wal / name).exists():
                     self._segments[name] = self._measure(name)
+
+    def forget(self) -> None:
+        """Drop the index: somebody else took files away. The next refresh measures everything again."""
+        with self._lock:
+            self._segments.clear()
 
     def totals(self) -> Totals:
         """Return what waits, as of the last refresh."""

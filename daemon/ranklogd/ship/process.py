@@ -28,7 +28,7 @@ def close_inherited_fds() -> None:
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies; where it cannot, the end of stdin does (`watch_stdin`)."""
+    """Have the kernel kill this process when its parent dies; if it died before, `watch_stdin` will tell."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
 
 

@@ -141,8 +141,8 @@ def _strings(texts: Sequence[str], there: npt.NDArray[np.bool_] | None = None) -
     offsets = np.zeros(len(there) + 1, np.int32)
     offsets[1:][there] = [len(part) for part in parts]
     np.cumsum(offsets, out=offsets)
-    validity = None if there.all() else _bits(there)
-    return pa.Array.from_buffers(pa.string(), len(there), [validity, pa.py_buffer(offsets), pa.py_buffer(b"".join(parts))])
+    buffers = [None if there.all() else _bits(there), pa.py_buffer(offsets), pa.py_buffer(b"".join(parts))]
+    return pa.Array.from_buffers(pa.string(), len(there), buffers)
 
 
 def _bits(there: npt.NDArray[np.bool_]) -> Any:

@@ -20,11 +20,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from types import FrameType
+from typing import TypeVar
 
 from ranklog import fs
 from ranklog.errors import RanklogError
 from ranklog.stores.base import Store, open_store
 from ranklogd.config import Config
+from ranklogd.retry import backoff_s
 from ranklogd.ship.conversion import Conversion
 from ranklogd.ship.convert import Converted
 from ranklogd.ship.counters import ShipperReport, read_counts, write_report
@@ -41,7 +43,8 @@ _log = logging.getLogger(__name__)
 RETAIN_INTERVAL_S = 30.0
 NICE = 5
 EXIT_CONFIG = 78
-_ERROR_PAUSE_S = 1.0  # After something failed that should not have: neither give up nor spin.
+
+T = TypeVar("T")
 
 
 class Shipper:
@@ -58,7 +61,8 @@ class Shipper:
         self._config = config
         self._clock = clock
         self._before = self._counts = read_counts(self.state.shipper_report)
-        self._internal_error = ""
+        self._troubles: dict[str, str] = {}
+        self._upload_failures = 0
         self._retained_s = -RETAIN_INTERVAL_S
         self._main = Waker()
         self._upload = Waker()
@@ -71,47 +75,46 @@ class Shipper:
             continue
         while self.upload_some() == 0:
             continue
-        return self.report()
+        return self.report() or self._counts
 
     def convert_one(self) -> Converted | None:
         """Convert one segment that is due; None if there is none."""
-        done = outcome(self.conversion.step)
-        if isinstance(done, Converted):
-            self._counts = replace(
-                self._counts,
-                converted_segments=self._counts.converted_segments + 1,
-                shards=self._counts.shards + len(done.shards),
-                rows=self._counts.rows + done.rows,
-                quarantined_records=self._counts.quarantined_records + done.quarantined_records,
-                damaged_stretches=self._counts.damaged_stretches + done.damaged_stretches,
-            )
-            return done
-        if done is not None:
-            self._trouble("conversion", done)
-        return None
+        done = self._guard("conversion", self.conversion.step)
+        if not isinstance(done, Converted):
+            return None
+        self._counts = replace(
+            self._counts,
+            converted_segments=self._counts.converted_segments + 1,
+            shards=self._counts.shards + len(done.shards),
+            rows=self._counts.rows + done.rows,
+            quarantined_records=self._counts.quarantined_records + done.quarantined_records,
+            damaged_stretches=self._counts.damaged_stretches + done.damaged_stretches,
+        )
+        return done
 
     def upload_some(self) -> float | None:
         """Upload one batch; return seconds until the next call is of use, None if only news can make it so."""
-        wait_s = outcome(self.uploader.step)
+        wait_s = self._guard("upload", self.uploader.step)
         if isinstance(wait_s, Exception):
-            self._trouble("upload", wait_s)
-            return _ERROR_PAUSE_S
-        self._internal_error = ""
+            # The state directory failed, or a store broke its contract: neither give up nor spin.
+            self._upload_failures += 1
+            base_s, max_s = self._config.retry_base_s, self._config.retry_max_s
+            return max(0.05, backoff_s(self._upload_failures, base_s=base_s, max_s=max_s, dice=1.0))
+        self._upload_failures = 0
         if self._clock() - self._retained_s >= RETAIN_INTERVAL_S:
             self._retained_s = self._clock()
             size_max = self._config.cache_size_bytes if self._config.keeps_cache else 0
-            done = outcome(partial(retain, self.state.cache, age_max_s=self._config.cache_age_s, size_max=size_max))
-            if isinstance(done, Exception):
-                self._trouble("retention", done)
+            age_max_s = self._config.cache_age_s
+            self._guard("retention", partial(retain, self.state.cache, age_max_s=age_max_s, size_max=size_max))
         return wait_s
 
-    def report(self) -> ShipperReport:
-        """Write the report and return it."""
-        done = outcome(self._measure)
-        if isinstance(done, Exception):
-            self._trouble("report", done)
-            return self._counts
-        return done
+    def report(self) -> ShipperReport | None:
+        """Measure what waits and write it down; None if it cannot be measured."""
+        report = self._guard("measure", self._measure)
+        if isinstance(report, Exception):
+            return None
+        self._guard("report", partial(write_report, self.state.shipper_report, report))
+        return report
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT, then drain; returns when everything is uploaded or the time is over."""
@@ -134,9 +137,9 @@ class Shipper:
             converted = self.convert_one()
             report = self.report()
             if deadline_s is not None:
-                left = report.backlog_segments + report.backlog_shards
-                if not left or self._clock() >= deadline_s:
-                    _log.info("shipper_stopped segments=%d shards=%d", report.backlog_segments, report.backlog_shards)
+                drained = report is not None and not report.backlog_segments + report.backlog_shards
+                if drained or self._clock() >= deadline_s:
+                    _log.info("shipper_stopped drained=%s", drained)
                     return
             if converted is not None:
                 self._upload.wake()
@@ -163,13 +166,13 @@ class Shipper:
         self.uploader.outbox.refresh()
         totals = self.uploader.outbox.totals()
         error, kind = self._error()
-        report = replace(
+        return replace(
             self._counts,
             pid=os.getpid(),
             uploaded_shards=self._before.uploaded_shards + self.uploader.uploaded_shards,
             uploaded_bytes=self._before.uploaded_bytes + self.uploader.uploaded_bytes,
             last_upload_s=self.uploader.last_upload_s or self._before.last_upload_s,
-            dead_letters=sum(not path.name.endswith(".reason") for path in self.state.deadletter.rglob("*.*")),
+            dead_letters=sum(1 for _ in self.state.deadletter.rglob("*.parquet")),
             last_error=error,
             last_error_class=kind,
             next_try_s=self.uploader.next_try_s(),
@@ -178,8 +181,6 @@ class Shipper:
             backlog_bytes=totals.size_bytes + sum(path.stat().st_size for path in sealed),
             uploaded_lsn=self._uploaded_lsn(),
         )
-        write_report(self.state.shipper_report, report)
-        return report
 
     def _uploaded_lsn(self) -> int:
         """Return the lsn below everything that still waits, in the WAL or in the outbox."""
@@ -197,13 +198,19 @@ class Shipper:
             return self.uploader.last_error, self.uploader.last_error_class
         if self.conversion.last_error:
             return self.conversion.last_error, "conversion"
-        return self._internal_error, "internal" if self._internal_error else ""
+        text = next(iter(self._troubles.values()), "")
+        return text, "internal" if text else ""
 
-    def _trouble(self, where: str, exc: Exception) -> None:
-        text = f"{where}: {type(exc).__name__}: {exc}"
-        if text != self._internal_error:
-            _log.error("shipper_trouble %s", text, exc_info=exc)
-        self._internal_error = text
+    def _guard(self, where: str, work: Callable[[], T]) -> T | Exception:
+        """Do one piece of work; if it raises, say so once, keep it in the report until it works again, and go on."""
+        done = outcome(work)
+        text = f"{where}: {type(done).__name__}: {done}" if isinstance(done, Exception) else ""
+        if text and text != self._troubles.get(where):
+            _log.error("shipper_trouble %s", text, exc_info=done if isinstance(done, Exception) else None)
+        # Replaced, never changed: the other thread may be reading it.
+        others = {place: told for place, told in self._troubles.items() if place != where}
+        self._troubles = {**others, where: text} if text else others
+        return done
 
 
 def main() -> int:

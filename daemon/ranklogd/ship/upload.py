@@ -82,8 +82,7 @@ class Uploader:
         now_s = self._clock()
         batch = self._choose(now_s)
         if not batch:
-            self.outbox.settle([])
-            return self._wait_s(now_s)
+            return self._rest(now_s)
         failpoint("upload.before")
         intact = [upload for upload in batch if self._is_intact(upload)]
         results = self._send(intact)
@@ -115,8 +114,14 @@ class Uploader:
         hold = self._holds.get(folder)
         return hold is not None and hold.until_s > now_s
 
-    def _wait_s(self, now_s: float) -> float | None:
+    def _rest(self, now_s: float) -> float | None:
+        """Nothing can be sent now: tidy up, and return how long that will be so."""
         waiting = self.outbox.folders()
+        if any(not self._is_held(folder, now_s) for folder in waiting):
+            self.outbox.forget()
+            self.outbox.refresh()
+            waiting = self.outbox.folders()
+        self.outbox.settle([])
         self._holds = {folder: hold for folder, hold in self._holds.items() if folder in waiting}
         if not self._holds:
             self.last_error = self.last_error_class = ""
@@ -191,7 +196,7 @@ class Uploader:
             fs.sync_dir(directory)
 
     def _judge(self, uploads: Iterable[Upload], results: dict[str, StoreError | None]) -> None:
-        """Hold the folders that failed, give up what will never be taken, and let everybody go once the store is back."""
+        """Hold the folders that failed and set aside what will never be taken; nobody waits once the store is back."""
         failed: dict[str, StoreError] = {}
         succeeded: set[str] = set()
         for upload in uploads:

@@ -105,6 +105,7 @@ class Walk:
             yield from self._batch(batch_of(entry))
             return
         writer, attempt = WRITER.unpack_from(entry.payload)
+        self._expected.setdefault(writer, 0)
         try:
             self._sources[writer] = read_source(writer, attempt, entry.payload[WRITER.size :], self._header.node)
             self._source_spans[writer] = (entry.offset, entry.end)
@@ -181,6 +182,7 @@ class Walk:
             if found is not None:
                 source, offset = found
                 self._sources[bytes.fromhex(source.writer)] = source
+                self._expected.setdefault(bytes.fromhex(source.writer), 0)
                 continue
             batch = rebuild_batch(
                 self._buffer, offset, end, lsn=self._next_lsn, room=last_lsn - self._next_lsn + 1,

@@ -101,18 +101,24 @@ def _apply(marks: dict[bytes, WriterMark], entry: Entry, now_s: int) -> int:
     if entry.type == EntryType.WRITER:
         writer, attempt = segment.WRITER.unpack_from(entry.payload)
         if writer not in marks:
-            body = body_at(entry.payload, segment.WRITER.size)
-            try:
-                key = run_key(decode_start(body)) if body is not None else b""
-            except FormatError:
-                key = b""
-            marks[writer] = WriterMark(entry.uid, writer, -1, attempt, key, 0)
+            key, start_ns = _origin(entry)
+            marks[writer] = WriterMark(entry.uid, writer, -1, attempt, key, 0, start_ns)
         return entry.lsn - 1
     writer, first_seq, count = segment.BATCH.unpack_from(entry.payload)
     mark = marks.get(writer) or WriterMark(entry.uid, writer, -1, 0, b"", 0)
     ended = any(span.kind == Kind.END for span in spans(entry.payload, segment.BATCH.size))
     marks[writer] = mark._replace(last_seq=first_seq + count - 1, ended_s=now_s if ended else mark.ended_s)
     return int(entry.lsn + count - 1)
+
+
+def _origin(entry: Entry) -> tuple[bytes, int]:
+    """Return (run key, start time) from a WRITER entry; nothing useful from one that does not decode."""
+    body = body_at(entry.payload, segment.WRITER.size)
+    try:
+        start = decode_start(body) if body is not None else None
+    except FormatError:
+        start = None
+    return (run_key(start), start.wall_ns) if start is not None else (b"", 0)
 
 
 def _settle(path: Path, size: int) -> None:

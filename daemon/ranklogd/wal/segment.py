@@ -9,7 +9,7 @@
     BATCH:   writer[16] | first_seq u64 | count u32 | frames      takes `count` lsns, from `lsn` on
 
 `writers` in the header says what every known writer has had made durable before this segment, so dedup survives the
-deletion of older ones: [uid, writer, last_seq, attempt, run_key, ended_s] each (see `sequence`).
+deletion of older ones: [uid, writer, last_seq, attempt, run_key, ended_s, start_ns] each (see `sequence`).
 
 The salt is random for each segment. A client's bytes therefore cannot contain what reads as an entry, and after
 damage a reader looks for the next salt whose header checks and whose lsn is not smaller: something valid follows =
@@ -65,6 +65,8 @@ class WriterMark(NamedTuple):
     """Hash of (project, run, role, rank): the daemon counts a run's attempts by it."""
     ended_s: int
     """When its end or adoption became durable, in seconds since the epoch; 0 while it lives."""
+    start_ns: int = 0
+    """When the writer started, by its own clock: orders the attempts of a rank, whatever order they are adopted in."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,63 @@
+"""The load: records as a trainer logs them, and calls of them flat out or paced. Runs inside the measured process, so it
+imports nothing but the standard library.
+
+Paced means 200 calls a second with a sleep before each: the core has been idle or somebody else's meanwhile, caches
+are cold, and that is what a training step sees. Percentiles are of calls.
+"""
+
+import random
+import time
+from collections.abc import Callable, Sequence
+
+Record = dict[str, float]
+
+PACE_S = 1 / 200
+_DISTINCT = 512
+
+
+def make_records(metrics: int = 12, count: int = _DISTINCT, seed: int = 1) -> list[Record]:
+    """Return records of random mantissas with equal keys, which is what the same line of a script logs."""
+    dice = random.Random(seed)
+    keys = [f"train/metric_{number}" for number in range(metrics)]
+    return [{key: dice.random() for key in keys} for _ in range(count)]
+
+
+def flat(call: Callable[[Record], object], records: Sequence[Record], count: int) -> list[int]:
+    """Call as fast as possible; return what each call took, in nanoseconds."""
+    clock, took, distinct = time.perf_counter_ns, [0] * count, len(records)
+    for index in range(count):
+        record = records[index % distinct]
+        began = clock()
+        call(record)
+        took[index] = clock() - began
+    return took
+
+
+def paced(call: Callable[[Record], object], records: Sequence[Record], count: int, pace_s: float = PACE_S) -> list[int]:
+    """Call every `pace_s` seconds; return what each call took, in nanoseconds."""
+    clock, took, distinct = time.perf_counter_ns, [0] * count, len(records)
+    due_s = time.monotonic()
+    for index in range(count):
+        due_s += pace_s
+        time.sleep(max(0.0, due_s - time.monotonic()))
+        record = records[index % distinct]
+        began = clock()
+        call(record)
+        took[index] = clock() - began
+    return took
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """Return the value below which `share` of them lie; the largest for 1."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
+
+
+def latency(took_ns: Sequence[int]) -> dict[str, float]:
+    """Return p50, p99 and max in microseconds, and how many calls they are of."""
+    return {
+        "p50": quantile(took_ns, 0.5) / 1000,
+        "p99": quantile(took_ns, 0.99) / 1000,
+        "max": max(took_ns) / 1000,
+        "calls": len(took_ns),
+    }

@@ -1,0 +1,176 @@
+"""A node whose write-ahead log is kept for the test to read, whatever the shipper does with it meanwhile.
+
+    with Rig(tmp_path) as rig:
+        rig.start_daemon()
+        rig.python("import ranklog …")
+        [records] = rig.written().values()      # one writer: its records in the order of the log
+
+Segments are sealed only when a daemon stops or starts again, and each open one gets a second name in `kept` as soon
+as its daemon answers: a hard link, so the shipper may convert and unlink the first. What is read here was decoded with
+`ranklog.frame` and `ranklogd.wal.segment` alone; `shard_rows` reads the parquet with pyarrow alone.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow.parquet
+from node import Node, wait_for
+
+from ranklog.frame import Kind, body_at, decode_body, spans
+from ranklog.start import Start, start_from_map
+from ranklogd.wal import segment
+from ranklogd.wal.segment import BATCH, Damage, EntryType
+
+__all__ = ["Record", "Rig", "check_whole", "logged", "shard_rows", "wait_for"]
+
+
+class Record(NamedTuple):
+    """One frame of the log. A gap frame stands for the seqs up to `payload["last"]`."""
+
+    seq: int
+    kind: Kind
+    step: int | None
+    payload: Any
+
+    @property
+    def last(self) -> int:
+        """The last seq this frame stands for."""
+        return int(self.payload["last"]) if self.kind == Kind.GAP else self.seq
+
+
+Written = dict[str, list[Record]]
+
+
+class Rig(Node):
+    """A node with a log to look into, and processes to be cruel to."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._kept = path / "kept"
+        self._kept.mkdir()
+        self._clients: list[subprocess.Popen[str]] = []
+        self.env |= {
+            "RANKLOG_SEAL_AGE_S": "3600",
+            "RANKLOG_SEAL_SIZE_BYTES": "1G",
+            "RANKLOG_RESCAN_INTERVAL_S": "0.2",
+            "RANKLOG_STOP_DEADLINE_S": "5",
+        }
+
+    def __exit__(self, *args: object) -> None:
+        for client in self._clients:
+            if client.poll() is None:
+                client.send_signal(signal.SIGCONT)
+                client.kill()
+            client.wait()
+            for pipe in (client.stdin, client.stdout, client.stderr):
+                if pipe is not None:
+                    pipe.close()
+        super().__exit__(*args)
+
+    def start_daemon(self, *flags: str, **env: str) -> subprocess.Popen[bytes]:
+        """Start a daemon, wait until it answers and keep its segment."""
+        daemon = super().start_daemon(*flags, **env)
+        for path in (self.state / "wal").glob("*.open"):
+            name = self._kept / f"{path.stem}.{path.stat().st_ino}"
+            if not name.exists():
+                os.link(path, name)
+        return daemon
+
+    def kill(self, daemon: subprocess.Popen[bytes]) -> None:
+        """Kill a daemon with SIGKILL."""
+        daemon.kill()
+        daemon.wait()
+
+    def spawn(self, source: str, *args: object, **env: str) -> "subprocess.Popen[str]":
+        """Start a client script given as text; its pipes are open, and it is killed at the end of the test."""
+        client = subprocess.Popen(
+            [sys.executable, "-c", source, *map(str, args)],
+            env=self.env | env, cwd=self.path, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        self._clients.append(client)
+        return client
+
+    def client(self, source: str, *args: object, code: int = 0, **env: str) -> str:
+        """Run a client script to its end, check its exit code and return what it printed on both streams."""
+        done = self.python(source, *map(str, args), **env)
+        assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}{done.stderr}"
+        return done.stdout + done.stderr
+
+    def adopted(self, timeout_s: float = 20.0) -> None:
+        """Wait until no journal or spool file is left: their writers are dead, and the daemon has taken them over."""
+        wait_for(lambda: not self.leftovers(), "every file is adopted", timeout_s)
+
+    def written(self) -> Written:
+        """Return every record in the log by writer, in the order of the log. Each is checked to be whole and in order."""
+        records = self.raw_written()
+        for writer, found in records.items():
+            check_whole(found, writer)
+        return records
+
+    def raw_written(self) -> Written:
+        """As `written`, without the check."""
+        records: Written = {}
+        for path in sorted(self._kept.iterdir(), key=lambda path: path.name):
+            for writer, found in _segment_records(path.read_bytes()):
+                records.setdefault(writer, []).extend(found)
+        return records
+
+    def starts(self) -> dict[str, Start]:
+        """Return the start frame of every writer in the log."""
+        return {writer: start_from_map(found[0].payload) for writer, found in self.raw_written().items()}
+
+
+def _segment_records(data: bytes) -> Iterable[tuple[str, list[Record]]]:
+    buffer = memoryview(data)
+    header, offset = segment.decode_header(buffer)
+    for entry in segment.scan(buffer, header.salt, offset, header.first_lsn):
+        assert not isinstance(entry, Damage), entry
+        if entry.type != EntryType.BATCH:
+            continue
+        writer, first, count = BATCH.unpack_from(entry.payload)
+        found = list(_records(entry.payload, BATCH.size))
+        assert found, "a batch entry without a frame"
+        assert (found[0].seq, found[-1].last) == (first, first + count - 1), "a batch is what its head says"
+        yield writer.hex(), found
+
+
+def _records(buffer: memoryview, offset: int) -> Iterable[Record]:
+    end = offset
+    for span in spans(buffer, offset):
+        body = body_at(buffer, span.offset)
+        assert body is not None
+        kind, seq, _, step, payload = decode_body(body)
+        end = span.end
+        yield Record(seq, Kind(kind), step, payload)
+    assert end == len(buffer), "bytes behind the last frame"
+
+
+def check_whole(records: list[Record], writer: str = "") -> None:
+    """Check that every seq from 0 on is there once and in order, as a record or within a gap."""
+    expected = 0
+    for record in records:
+        assert record.seq == expected, f"{writer}: seq {record.seq} where {expected} was due"
+        expected = record.last + 1
+
+
+def logged(records: list[Record], key: str) -> list[Any]:
+    """Return the values of one key of the training records, in order."""
+    return [r.payload[key] for r in records if r.kind == Kind.METRICS and key in r.payload]
+
+
+def gaps(records: list[Record]) -> list[tuple[int, int]]:
+    """Return the (first, last) seqs of every gap frame."""
+    return [(r.seq, r.last) for r in records if r.kind == Kind.GAP]
+
+
+def shard_rows(root: Path) -> list[dict[str, Any]]:
+    """Return the rows of every parquet file below `root`, as they are: a second reader beside the project's own."""
+    rows: list[dict[str, Any]] = []
+    for path in sorted(root.rglob("*.parquet")):
+        rows += pyarrow.parquet.ParquetFile(path).read().to_pylist()
+    return rows
