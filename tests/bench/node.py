@@ -164,17 +164,3 @@ def private_node(options: Options, *, start: bool = True, disk: Path | None = No
         node.stop()
         shutil.rmtree(root, ignore_errors=True)
         shutil.rmtree(shm, ignore_errors=True)
-
-
-def cpu_s(pid: int) -> float:
-    """Return the CPU time of another process, all threads, to the nanosecond: the kernel's per-process clock."""
-    return time.clock_gettime((~pid << 3) | 2)
-
-
-def memory_bytes(pid: int | str = "self") -> dict[str, int]:
-    """Return rss, pss and uss of a process; raises OSError when it is gone."""
-    sizes: dict[str, int] = {}
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
-        name, amount = line.split(":")
-        sizes[name] = int(amount.split()[0]) * 1024
-    return {"rss": sizes["Rss"], "pss": sizes["Pss"], "uss": sizes["Private_Clean"] + sizes["Private_Dirty"]}

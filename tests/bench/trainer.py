@@ -118,12 +118,12 @@ def cpu(arguments: Arguments) -> None:
 
 def memory(arguments: Arguments) -> None:
     """Measure what this process has before and after it begins to log (`log`), or after connecting a bare zmq socket."""
-    from bench.trainer_memory import own_memory
+    from bench.processes import memory_bytes
 
     records = load.make_records()
     load.paced(lambda record: None, records, 10, 0.001)
-    own_memory()
-    before = own_memory()
+    memory_bytes()
+    before = memory_bytes()
     if arguments["kind"] == "zmq":
         import msgpack
         import zmq
@@ -137,7 +137,7 @@ def memory(arguments: Arguments) -> None:
         start_run(arguments)
         load.paced(ranklog.log, records, arguments["count"], 0.001)
         ranklog.flush()
-    after = own_memory()
+    after = memory_bytes()
     say({name: after[name] - before[name] for name in after})
     tell(None)
     os._exit(0)

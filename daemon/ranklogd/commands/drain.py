@@ -1,0 +1,152 @@
+"""Bringing everything in: dead writers adopted, then every record the daemon has received uploaded.
+
+The daemon answers these two requests when they are done, however long that takes. So they are asked in a thread of
+their own while this one shows how far things are and watches for the deadline and for somebody who calls it off. A
+daemon that dies meanwhile is asked again once it is back.
+"""
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ranklog import control
+from ranklog.config import Settings
+from ranklog.control import Flushed
+from ranklog.errors import NoDaemon
+from ranklog.wire import Wait
+from ranklogd.commands.launcher import Launcher, Pause
+
+LOOK_INTERVAL_S = 0.2
+SHOW_AFTER_S = 1.0  # What takes no longer needs no progress.
+_CLEAR_LINE = "\r\x1b[K"
+
+
+@dataclass(frozen=True)
+class Drained:
+    """How a drain ended."""
+
+    done: bool
+    """Every dead writer is adopted, and every record that the daemon had received is in the store."""
+    pending: int
+    """Records that the daemon has and the store has not."""
+    adopted: int
+    """Writers whose files were taken over."""
+    uploaded: int
+    """Records that reached the store meanwhile."""
+    reason: str
+    """Why it is not done; empty if it is."""
+
+
+class Progress:
+    """One line on a terminal that is rewritten in place; nothing anywhere else."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._loud = not quiet and sys.stderr.isatty()
+        self._shown = False
+        self._began_s = time.monotonic()
+
+    def show(self, text: str) -> None:
+        """Replace the line."""
+        if self._loud and time.monotonic() - self._began_s >= SHOW_AFTER_S:
+            sys.stderr.write(f"{_CLEAR_LINE}ranklog: {text}")
+            sys.stderr.flush()
+            self._shown = True
+
+    def clear(self) -> None:
+        """Take the line away."""
+        if self._shown:
+            sys.stderr.write(_CLEAR_LINE)
+            sys.stderr.flush()
+            self._shown = False
+
+
+class _Asking(threading.Thread):
+    """One blocking question to the daemon."""
+
+    def __init__(self, question: Callable[[], Flushed]) -> None:
+        super().__init__(daemon=True)
+        self._question = question
+        self.answer: Flushed | None = None
+
+    def run(self) -> None:
+        try:
+            self.answer = self._question()
+        except NoDaemon:
+            self.answer = None
+
+
+def drain(launcher: Launcher, *, timeout_s: float, pause: Pause, progress: Progress, since_start: bool = False) -> Drained:
+    """Bring everything in, within `timeout_s` or until `pause` calls it off; never raises for what the daemon does.
+
+    `since_start`: count what the daemon did before this call, too, for it was started for nothing else.
+    """
+    settings = launcher.settings
+    deadline_s = time.monotonic() + timeout_s
+    before = snapshot(settings)
+    adopted_before = 0 if since_start else before.get("adopted", 0)
+    waited_before = _waiting(before)
+    done, stopped_by = False, "the time was not enough"
+    while (left_s := deadline_s - time.monotonic()) > 0:
+        asking = _Asking(lambda left_s=left_s: _both(settings, left_s))  # type: ignore[misc]
+        asking.start()
+        called_off = _watch(asking, settings, deadline_s, pause, progress)
+        done = asking.answer is not None and asking.answer.done
+        if called_off:
+            stopped_by = "it was interrupted"
+        if done or called_off or asking.answer is not None:
+            break
+        launcher.tend()
+        if pause(LOOK_INTERVAL_S):
+            stopped_by = "it was interrupted"
+            break
+    progress.clear()
+    after = snapshot(settings)
+    pending = _waiting(after)
+    reason = "" if done else why_pending(after) or stopped_by
+    return Drained(done, pending, after.get("adopted", 0) - adopted_before, max(0, waited_before - pending), reason)
+
+
+def _both(settings: Settings, timeout_s: float) -> Flushed:
+    deadline_s = time.monotonic() + timeout_s
+    synced = control.sync(settings, timeout_s)
+    if not synced.done:
+        return synced
+    return control.flush(settings, Wait.UPLOADED, max(0.0, deadline_s - time.monotonic()))
+
+
+def _watch(asking: _Asking, settings: Settings, deadline_s: float, pause: Pause, progress: Progress) -> bool:
+    """Wait for the answer or the deadline; True if it was called off."""
+    while asking.is_alive() and time.monotonic() < deadline_s:
+        if pause(LOOK_INTERVAL_S):
+            return True
+        now = snapshot(settings)
+        trouble = why_pending(now)
+        left_s = max(0.0, deadline_s - time.monotonic())
+        progress.show(
+            f"bringing in what is left: {_waiting(now):,} records to upload, {left_s:.0f} s left"
+            + (f" ({trouble})" if trouble else "")
+        )
+    return False
+
+
+def snapshot(settings: Settings) -> dict[str, Any]:
+    """Return the daemon's status, empty if nobody answers."""
+    try:
+        return control.status(settings)
+    except NoDaemon:
+        return {}
+
+
+def _waiting(status: dict[str, Any]) -> int:
+    marks = status.get("watermarks", {})
+    return int(marks.get("received", 0) - marks.get("uploaded", 0))
+
+
+def why_pending(status: dict[str, Any]) -> str:
+    """Return what the daemon itself says about records that do not move; "" if nothing."""
+    if not status:
+        return "no daemon answers"
+    return str(status.get("full") or status.get("shipper", {}).get("last_error") or "")

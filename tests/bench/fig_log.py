@@ -1,0 +1,147 @@
+"""What a call of `log()` costs the training: flat out, paced under everything that may happen to the daemon, and in CPU."""
+
+import os
+import shutil
+import signal
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from bench.disks import Checkpoint, frozen, loop_ext4
+from bench.ledger import account
+from bench.load import PACE_S
+from bench.node import Node, Options, private_node
+from bench.rows import Row, Skipped
+from bench.trainers import Trainer, trainers
+
+P50_RATIO, P99_RATIO = 1.4, 2.5
+
+
+def log_flat(options: Options) -> list[Row]:
+    """`log()` flat out, the daemon running."""
+    count = options.pick(20_000, 5_000)
+    runs: list[dict[str, Any]] = []
+    for _ in range(options.pick(5, 2)):
+        with private_node(options) as node, trainers(node, "flat", 1, count=count, floor_dir=str(node.root)) as (rank,):
+            rank.go()
+            runs.append(rank.hear())
+            rank.end()
+
+    def middle(call: str, figure: str) -> float:
+        return statistics.median(run[call][figure] for run in runs)
+
+    note = f"median of {len(runs)} processes of {count} calls each; floor: packb + crc32 + pwrite in tmpfs"
+    alone = f"raw_write alone: p50 {middle('raw', 'p50'):.3g}, p99 {middle('raw', 'p99'):.3g}, max {middle('raw', 'max'):.3g} µs"
+    return [
+        Row(figure="log() flat out, p50", unit="µs", measured=middle("log", "p50"), floor=middle("pwrite", "p50"), floor_name="pwrite", budget=1.5, of_floor=True, note=note),
+        Row(figure="log() flat out, p99", unit="µs", measured=middle("log", "p99"), floor=middle("pwrite", "p99"), floor_name="pwrite", budget=60),
+        Row(figure="log() flat out, max", unit="µs", measured=middle("log", "max"), floor=middle("pwrite", "max"), floor_name="pwrite", note=alone),
+        Row(figure="log() flat out beside raw_write, p50", unit="µs", measured=middle("log", "p50"), floor=middle("raw", "p50"), floor_name="raw_write"),
+    ]  # fmt: skip
+
+
+def log_paced(options: Options) -> list[Row]:
+    """`log()` at 200 calls a second, beside raw_write in the same process: the daemon running, stopped, frozen."""
+    rows = []
+    for name, arrange in (("running", nullcontext), ("stopped", _stopped), ("frozen", _sigstopped)):
+        with private_node(options) as node:
+            rows += _paced_rows(f"daemon {name}", *_blocks(options, node, arrange))
+    return rows
+
+
+def log_checkpoint(options: Options) -> list[Row]:
+    """The same beside a checkpoint that is written to the disk of spool, state and raw_write."""
+    size = options.pick(options.checkpoint_bytes, min(options.checkpoint_bytes, 2_000_000_000))
+    if shutil.disk_usage(options.directory).free < 2 * size + (4 << 30):
+        raise Skipped(f"needs {2 * size / 1e9:.0f} GB free below {options.directory}, and 4 GB to spare; see --checkpoint-bytes")
+    said = ""
+
+    @contextmanager
+    def beside(node: Node) -> Iterator[None]:
+        nonlocal said
+        checkpoint = Checkpoint(node.root / "checkpoint", size)
+        try:
+            checkpoint.await_written(min(size // 4, 1 << 30))
+            yield
+        finally:
+            said = checkpoint.stop()
+
+    with private_node(options) as node:
+        measured, lost = _blocks(options, node, beside)
+    return _paced_rows(f"beside a {size / 1e9:g} GB checkpoint", measured, lost, said)
+
+
+def log_frozen_disk(options: Options) -> list[Row]:
+    """The same while the disk of spool and state is frozen for 10 s; raw_write has another disk."""
+    with loop_ext4(options, 512 << 20) as mount, private_node(options, disk=mount) as node:
+        calls = int(10 / PACE_S / 2 / 5)
+        measured, lost = _blocks(options, node, lambda _: frozen(mount), blocks=5, calls=calls)
+    return _paced_rows("state disk frozen for 10 s", measured, lost, "raw_write on a disk that is not frozen")
+
+
+def _blocks(
+    options: Options, node: Node, arrange: Callable[[Node], AbstractContextManager[None]], blocks: int = 0, calls: int = 100
+) -> tuple[dict[str, Any], str]:
+    """Measure while `arrange` holds; return the latencies and what became of the records afterwards."""
+    blocks = blocks or options.pick(12, 3)
+    with trainers(node, "blocks", 1, raw_path=str(node.root / "raw"), blocks=blocks, calls=calls) as (rank,):
+        rank.hear()
+        with arrange(node):
+            rank.tell()
+            measured: dict[str, Any] = rank.hear()
+        last = rank.end()
+    node.bring_in()
+    found = account(node.store, {0: last["logged"] - 1})
+    return measured, f"lost {found.missing + found.in_gaps} of {last['logged'] - 1}, doubled {found.doubled}, refused {last['refused']}"
+
+
+@contextmanager
+def _stopped(node: Node) -> Iterator[None]:
+    node.stop()
+    try:
+        yield
+    finally:
+        node.start()
+
+
+@contextmanager
+def _sigstopped(node: Node) -> Iterator[None]:
+    node.signal(signal.SIGSTOP, shipper=True)
+    try:
+        yield
+    finally:
+        node.signal(signal.SIGCONT, shipper=True)
+
+
+def _paced_rows(what: str, measured: dict[str, Any], lost: str, more: str = "") -> list[Row]:
+    log, raw = measured["log"], measured["raw"]
+    note = f"{log['calls']} calls of each, alternating blocks of 100 or 200; max {log['max']:,.0f} µs, raw_write's {raw['max']:,.0f}; {lost}"
+    return [
+        Row(
+            figure=f"log() paced, {what}, {name}", unit="µs", measured=log[name], floor=raw[name], floor_name="raw_write",
+            budget=budget, of_floor=True, note="; ".join(filter(None, [note, more])) if name == "p99" else "",
+        )
+        for name, budget in (("p50", P50_RATIO), ("p99", P99_RATIO))
+    ]  # fmt: skip
+
+
+def log_cpu(options: Options) -> list[Row]:
+    """CPU of the trainer for each paced call, all its threads, beside raw_write; the harness is subtracted."""
+    count = options.pick(1000, 400)
+    spent: dict[str, list[float]] = {"null": [], "raw": [], "log": []}
+    with private_node(options) as node:
+        for number in range(options.pick(5, 2)):
+            order = list(spent) if number % 2 else list(reversed(spent))
+            for kind in order:
+                rank = Trainer(node, "cpu", kind=kind, count=count, rank=0, world=1, run=f"cpu-{kind}-{number}", raw_path=str(node.root / "raw"))
+                rank.go()
+                spent[kind].append(rank.hear()["cpu_s"] / count * 1e6)
+                rank.end()
+    null, raw, log = (statistics.median(spent[kind]) for kind in ("null", "raw", "log"))
+    return [
+        Row(
+            figure="trainer CPU per paced call, all threads", unit="µs", measured=log - null, floor=raw - null, floor_name="raw_write",
+            budget=2.0, of_floor=True, note=f"median of {len(spent['log'])} processes of {count} calls, {null:.3g} µs of harness subtracted; load {os.getloadavg()[0]:.1f}",
+        )
+    ]  # fmt: skip
