@@ -8,6 +8,7 @@ from typing import Any
 import msgpack
 import pyarrow as pa
 import pyarrow.parquet as pq
+
 from ranklog.frame import encode_frame
 from ranklog.layout import Lsn
 from ranklog.start import Start, encode_start
@@ -90,13 +91,16 @@ def make_state(root: Path) -> StateDir:
     return state
 
 
-def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of all shards below `folder`, file after file, each in its stored order; ts columns as ints (µs)."""
-    rows: list[dict[str, Any]] = []
-    for path in sorted(folder.rglob("*.parquet")):
-        table = pq.ParquetFile(path).read()
-        for name in ("ts", "recv_ts"):
-            place = table.schema.get_field_index(name)
-            table = table.set_column(place, name, table[name].cast(pa.int64()))
-        rows += table.to_pylist()
+def read_shard(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of one shard in their stored order; ts columns as ints (µs)."""
+    table = pq.ParquetFile(path).read()
+    for name in ("ts", "recv_ts"):
+        place = table.schema.get_field_index(name)
+        table = table.set_column(place, name, table[name].cast(pa.int64()))
+    rows: list[dict[str, Any]] = table.to_pylist()
     return rows
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows of all shards below `folder`, file after file."""
+    return [row for path in sorted(folder.rglob("*.parquet")) for row in read_shard(path)]

@@ -7,6 +7,7 @@ The chain covers seqs without holes. Chunks lie in journal or spool files; sendi
 "put the cursor back" and an outage costs no memory. Owned by the sender thread; no clock and no socket in here.
 """
 
+import errno
 import os
 from collections import deque
 from typing import NamedTuple
@@ -42,6 +43,8 @@ class Backlog:
         self._chain: deque[Chunk] = deque()
         self._cursor = 0
         self._in_flight: deque[int] = deque()
+        self._received = 0
+        """The seq below which the daemon has everything, durable or not."""
 
     @property
     def base(self) -> int:
@@ -63,12 +66,12 @@ class Backlog:
         self._chain.extend(self._journal.collect())
 
     def next_batch(self) -> Batch | None:
-        """Return the next unsent batch and count it as in flight; None if all is sent."""
+        """Return the next unsent batch and count it as in flight; None if all is sent. Raises OSError: `rewind` then."""
         first = self._cursor
         size = 0
         while self._cursor < len(self._chain):
             chunk = self._chain[self._cursor]
-            if size and size + chunk.end - chunk.offset > BATCH_SIZE:
+            if size and (size + chunk.end - chunk.offset > BATCH_SIZE or chunk.first_seq == self._received):
                 break
             size += chunk.end - chunk.offset
             self._cursor += 1
@@ -76,6 +79,8 @@ class Backlog:
             return None
         chunks = [self._chain[index] for index in range(first, self._cursor)]
         frames = b"".join(os.pread(c.file.fd, c.end - c.offset, c.offset) for c in chunks)
+        if len(frames) != size:
+            raise OSError(errno.EIO, f"{chunks[0].file.path} is shorter than what was written to it")
         self._in_flight.append(chunks[-1].next_seq)
         return Batch(chunks[0].first_seq, chunks[-1].next_seq - chunks[0].first_seq, frames)
 
@@ -85,11 +90,25 @@ class Backlog:
         self._in_flight.clear()
 
     def resume(self, expected: int) -> None:
-        """Go on from the seq the daemon asks for; what is older it has."""
+        """Go on from the seq the daemon asks for. What is older it has, but not yet safely: only an ack releases that.
+
+        The last batch of it is sent once more, never mixed with what is new, and so draws the ack if there is no other.
+        """
         self.rewind()
-        self.acknowledge(expected - 1)
-        if self._chain and self._chain[0].first_seq < expected < self._chain[0].next_seq:
-            self._chain[0] = _behind(self._chain[0], expected)
+        self._received = expected
+        older = sum(chunk.first_seq < expected for chunk in self._chain)
+        if older and self._chain[older - 1].next_seq > expected:
+            self._split(older - 1, expected)
+        self._cursor = max(0, older - 1)
+
+    def _split(self, index: int, seq: int) -> None:
+        """Make two chunks of one, so that the second starts at `seq`, if a frame does."""
+        chunk = self._chain[index]
+        offset = _offset_of(chunk, seq)
+        if offset is not None:
+            self._chain[index] = chunk._replace(end=offset, next_seq=seq)
+            self._chain.insert(index + 1, chunk._replace(offset=offset, first_seq=seq))
+            chunk.file.chunks += 1
 
     def acknowledge(self, durable: int) -> bool:
         """Release what the daemon has on disk: every chunk that ends at or before `durable`. True if any went."""
@@ -183,10 +202,7 @@ class Backlog:
         return safe
 
 
-def _behind(chunk: Chunk, expected: int) -> Chunk:
-    """Return the part of a chunk from seq `expected` on."""
+def _offset_of(chunk: Chunk, seq: int) -> int | None:
+    """Return where in its file the frame of a chunk begins that starts at `seq`."""
     buffer = memoryview(os.pread(chunk.file.fd, chunk.end - chunk.offset, chunk.offset))
-    for span in spans(buffer):
-        if span.last >= expected:
-            return Chunk(chunk.file, chunk.offset + span.offset, chunk.end, span.first, chunk.next_seq)
-    return chunk
+    return next((chunk.offset + span.offset for span in spans(buffer) if span.first == seq), None)

@@ -38,6 +38,11 @@ def parts_of(value: Any) -> list[tuple[Any, Any]] | None:
     return None
 
 
+def is_array(value: Any) -> bool:
+    """Return True for arrays and scalars of numpy, torch and their like."""
+    return hasattr(type(value), "tolist") and not isinstance(value, memoryview)
+
+
 def array_of(value: Any) -> Any:
     """Return the number in an array of one element, nested lists for a longer; raises UnusableError for a large one."""
     shape = getattr(value, "shape", None)
@@ -70,10 +75,10 @@ def atom_of(value: Any) -> float | str:
 def whole_of(value: Any) -> int:
     """Return a whole number; raises UnusableError, or anything, for a value that is none."""
     number = value.item() if hasattr(type(value), "item") else value
-    if isinstance(number, bool | str):
-        raise UnusableError("it is no number")
-    if isinstance(number, int):
+    if isinstance(number, int) and not isinstance(number, bool):
         return int.__int__(number)
+    if isinstance(number, bool) or not hasattr(type(number), "__float__"):
+        raise UnusableError("it is no number")
     whole = float(number)
     if not whole.is_integer():
         raise UnusableError("it is no whole number")

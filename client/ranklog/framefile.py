@@ -7,6 +7,7 @@ each of its files for as long as it lives. A file is created under a dot name, l
 mode set whatever the umask says, and only then renamed into view: nobody can see one that is unlocked or empty.
 """
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
@@ -61,6 +62,8 @@ class FrameFile:
     """Unacknowledged chunks that lie in this file."""
     sealed: bool = False
     """No more frames will be written: with no chunks left, the file can go."""
+    before: "tuple[FrameFile, int, int] | None" = field(default=None, repr=False)
+    """The journal's position when it went on in this file, until the sender has seen it."""
     closed: bool = field(default=False, repr=False)
 
     def close(self) -> None:
@@ -70,9 +73,10 @@ class FrameFile:
             os.close(self.fd)
 
     def remove(self) -> None:
-        """Unlink and close: every frame in it is safe elsewhere."""
+        """Unlink and close: every frame in it is safe elsewhere. One that cannot be unlinked is adopted for nothing."""
         if self.path is not None:
-            fs.unlink(self.path)
+            with contextlib.suppress(OSError):
+                fs.unlink(self.path)
         self.close()
 
 
@@ -81,6 +85,7 @@ def create(directory: Path, name: FileName, start_frame: bytes, size: int) -> Fr
     path = directory / format_name(name)
     hidden = directory / f".{path.name}"
     fd = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, MODE)
+    done = False
     try:
         locked = fs.try_lock(fd)
         assert locked, "a file created with O_EXCL was locked by somebody else"
@@ -90,10 +95,12 @@ def create(directory: Path, name: FileName, start_frame: bytes, size: int) -> Fr
         os.fchmod(fd, MODE)
         failpoint("journal.create.after")
         fs.rename(hidden, path)
-    except OSError:
-        fs.unlink(hidden)
-        os.close(fd)
-        raise
+        done = True
+    finally:
+        if not done:  # Whatever it was, Ctrl-C included: nobody would look for this file again.
+            os.close(fd)
+            fs.unlink(hidden)
+            fs.unlink(path)
     return FrameFile(fd, path, len(start_frame), size or len(start_frame))
 
 

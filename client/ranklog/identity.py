@@ -116,7 +116,7 @@ def identify(
         name=name or display_name(run),
         rank=place.rank,
         local_rank=place.local_rank,
-        world_size=place.world_size,
+        world_size=max(place.world_size, place.rank + 1),
         local_world_size=place.local_world_size,
         node_rank=place.node_rank,
         role=fit_name(str(role)) if role is not None else fit_name("" if role_name == "default" else role_name),

@@ -3,7 +3,8 @@
 Writing into reserved pages of a tmpfs file costs a `pwrite` and nothing else: no disk, no daemon, no wake-up, and the
 bytes outlive the process. Two roles meet here without a lock between them:
 
-  the caller   `append`, under the writer's lock: frame -> pwrite -> publish the new position, one attribute store
+  the caller   `append`, under the writer's lock: frame -> pwrite -> publish the new position, one attribute store;
+               a new file knows the position before it, so that one store publishes a rotation, too
   the sender   `collect`: what was appended since the last look, as chunks; `recycle` and `refill`: room for more
 
 Room ends when neither a spare file is left nor a new one may be created. Then the record is refused: its seq stays
@@ -77,10 +78,11 @@ class Journal:
         self._numbers = itertools.count()
         self._size = 0
         self._size_lock = threading.Lock()
+        self._files: set[FrameFile] = set()
         self._spares: deque[FrameFile] = deque()
-        self._sealed: deque[tuple[FrameFile, int, int]] = deque()
         self._retry_at = 0.0
         self._gap_last = -1
+        self._gap_reason = ""
         self._pack = msgpack.Packer(unicode_errors="strict").pack
         first = self._create(file_size)
         # (file, offset, seq): the next frame goes to `offset` and starts at `seq`. Replaced whole, so that an
@@ -93,6 +95,16 @@ class Journal:
         """The seq the next record will use."""
         seq = self._position[2]
         return max(seq, self._gap_last + 1)
+
+    @property
+    def closed_seq(self) -> int:
+        """The seq below which everything can be collected: `next_seq`, unless a gap is open."""
+        return self._position[2]
+
+    @property
+    def crowded(self) -> bool:
+        """True when unacknowledged records take up more than half of what the journal may have."""
+        return 2 * (self._size - len(self._spares) * self._file_size) > self._size_max
 
     def append(self, kind: int, step: int | None, payload: Any) -> bool:
         """Write one record; False if it was refused and became part of a gap.
@@ -128,9 +140,9 @@ class Journal:
     def _append_slow(self, kind: int, step: int | None, payload: Any, size: int) -> bool:
         if size > FRAME_SIZE_MAX:
             seq = self.next_seq
-            self.refused += 1
             gap = {"first": seq, "last": seq, "reason": f"record of {size} bytes"[:32]}
-            self.append(Kind.GAP, None, gap)
+            if self.append(Kind.GAP, None, gap):
+                self.refused += 1  # Otherwise that was counted already.
             return False
         if not self._rotate(size):
             return self._refuse("journal full")
@@ -150,14 +162,14 @@ class Journal:
         self.refused += 1
         with contextlib.suppress(OSError):  # The seq is used up all the same: whoever reads on sees that it is missing.
             fs.write_all(file.fd, encode_gap(seq, last, reason, time.time_ns()), offset)
-        self._gap_last = last
+        self._gap_last, self._gap_reason = last, reason
         return False
 
     def close_gap(self) -> None:
-        """Make an open gap part of what `collect` returns. For the end of a writer."""
+        """Make an open gap part of what `collect` returns. For the end of a writer. Raises OSError, then it stays open."""
         file, offset, seq = self._position
         if self._gap_last >= seq:
-            gap = encode_gap(seq, self._gap_last, "journal full", time.time_ns())
+            gap = encode_gap(seq, self._gap_last, self._gap_reason, time.time_ns())
             fs.write_all(file.fd, gap, offset)
             self._position = (file, offset + len(gap), self._gap_last + 1)
 
@@ -169,17 +181,18 @@ class Journal:
         if need <= self._file_size and self._spares:
             fresh = self._spares.popleft()
         elif now_s >= self._retry_at and self._size + need <= self._size_max:
-            try:
+            with contextlib.suppress(OSError):
                 fresh = self._create(max(self._file_size, need))
-            except OSError:
-                fresh = None
         if fresh is None:
             self._retry_at = now_s + RETRY_S if now_s >= self._retry_at else self._retry_at
             return False
-        self.close_gap()
-        file, offset, seq = self._position
-        self._sealed.append((file, offset, seq))
-        self._position = (fresh, fresh.head_end, seq)
+        try:
+            self.close_gap()
+        except OSError:
+            self._spares.append(fresh)
+            return False
+        fresh.before = self._position
+        self._position = (fresh, fresh.head_end, fresh.before[2])
         failpoint("journal.rotate.after")
         self._wake()
         return True
@@ -203,6 +216,7 @@ class Journal:
             self.anonymous = True
             self._directories = []
         self._resize(file.size)
+        self._files.add(file)
         file.wake_at = file.head_end + WAKE_SIZE
         return file
 
@@ -214,15 +228,13 @@ class Journal:
 
     def collect(self) -> list[Chunk]:
         """Return what was appended since the last call, in order."""
-        position = self._position  # Read before the sealed files: a rotation in between is then seen there.
-        chunks, current = [], True
-        while self._sealed:
-            file, end, seq = self._sealed.popleft()
-            file.sealed = True
-            current = current and file is not position[0]
-            chunks.append(self._chunk(file, end, seq))
-        if current:
-            chunks.append(self._chunk(*position))
+        ends = [self._position]
+        while ends[-1][0] is not self._collected[0]:
+            before, ends[-1][0].before = ends[-1][0].before, None
+            assert before is not None, "each file knows the one before until it is collected"
+            before[0].sealed = True
+            ends.append(before)
+        chunks = [self._chunk(*end) for end in reversed(ends)]
         return [chunk for chunk in chunks if chunk is not None]
 
     def _chunk(self, file: FrameFile, end: int, seq: int) -> Chunk | None:
@@ -239,18 +251,21 @@ class Journal:
 
     def recycle(self, file: FrameFile) -> None:
         """Take back a sealed file of which every frame is safe elsewhere."""
-        if file.size != self._file_size or len(self._spares) >= SPARES_MAX or file.closed:
-            self._resize(-file.size)
-            file.remove()
+        if file.size != self._file_size or len(self._spares) >= SPARES_MAX:
+            self._give_up(file)
             return
         try:
             fs.write_all(file.fd, bytes(HEADER.size), file.head_end)  # Reads as empty from here on.
         except OSError:
-            self._resize(-file.size)
-            file.remove()
+            self._give_up(file)
             return
         file.sealed, file.wake_at = False, file.head_end + WAKE_SIZE
         self._spares.append(file)
+
+    def _give_up(self, file: FrameFile) -> None:
+        self._resize(-file.size)
+        self._files.discard(file)
+        file.remove()
 
     def refill(self) -> None:
         """Keep one spare ready, so that `append` need not create it: that spare is also the grace of a full disk."""
@@ -261,8 +276,8 @@ class Journal:
                 return  # `append` finds out by itself; a full tmpfs is its business to report.
 
     def files(self) -> list[FrameFile]:
-        """Return the current file, the sealed ones not collected yet and the spares: for closing everything."""
-        return [self._position[0], *(file for file, _, _ in self._sealed), *self._spares]
+        """Return every file that is open: for closing everything."""
+        return list(self._files)
 
 
 SPARES_MAX = 4  # Beyond these, tmpfs goes back to the node.

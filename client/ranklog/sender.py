@@ -21,13 +21,15 @@ from typing import TYPE_CHECKING, Any
 
 from ranklog import wire
 from ranklog.backlog import Backlog
+from ranklog.errors import ProtocolError
 from ranklog.journal import Journal
 from ranklog.spool import Spool
 
 if TYPE_CHECKING:
     from ranklog.transport import Transport
 
-FLUSH_INTERVAL_S = 0.1
+WAIT_INTERVAL_S = 0.1
+"""How often a waiting thread looks by itself, besides being told."""
 SPILL_INTERVAL_S = 1.0
 ACK_TIMEOUT_S = 2.0
 """A daemon that acknowledges nothing for this long is taken for absent until it does."""
@@ -59,6 +61,7 @@ class Sender:
         spool: Spool,
         find_socket: Callable[[], Path] | None,
         warn: Callable[[str], None],
+        flush_interval_s: float = 0.1,
     ) -> None:
         self.state = State.CONNECTING if find_socket else State.OFFLINE
         self.last_refusal = ""
@@ -72,10 +75,13 @@ class Sender:
         self._backlog = Backlog(journal, spool)
         self._find_socket = find_socket
         self._warn = warn
+        self._flush_interval_s = flush_interval_s
         self._transport: Transport | None = None
         self._path: Path | None = None
         self._looked_s = time.monotonic()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._poll = select.poll()  # Not select: a trainer may well have descriptors beyond 1024.
+        self._poll.register(self._wake_fd, select.POLLIN)
         self._woken = self._closed = False
         self._condition = threading.Condition()
         self._acked = self._safe = 0
@@ -88,7 +94,7 @@ class Sender:
         self._thread.start()
 
     def wake(self) -> None:
-        """Make the thread look now. Safe from any thread and signal handler; costs one system call at most."""
+        """Make the thread look now. Costs one system call at most. For the writer's lock holder, and within `wait`."""
         if not self._woken and not self._closed:
             self._woken = True
             os.eventfd_write(self._wake_fd, 1)
@@ -102,7 +108,7 @@ class Sender:
                 if left <= 0 or not self._thread.is_alive():
                     return False
                 self.wake()
-                self._condition.wait(min(left, FLUSH_INTERVAL_S))
+                self._condition.wait(min(left, WAIT_INTERVAL_S))
         return True
 
     def connects(self, timeout_s: float) -> bool:
@@ -118,7 +124,7 @@ class Sender:
                     or not self._thread.is_alive()
                 ):
                     return False
-                self._condition.wait(min(left, FLUSH_INTERVAL_S / 4))
+                self._condition.wait(min(left, WAIT_INTERVAL_S / 4))
         return self.state == State.ATTACHED
 
     @property
@@ -127,19 +133,30 @@ class Sender:
         return self._acked
 
     def stop(self, timeout_s: float) -> bool:
-        """Ask the thread to spill what is unacknowledged, close everything and end; True if it did so in time."""
+        """Ask the thread to spill what is unacknowledged, close everything and end; True if it did so in time.
+
+        No other thread may be in `log()` from here on.
+        """
         self._stopping.set()
-        self.wake()
+        with self._condition:
+            self.wake()
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
+        with self._condition:  # Whoever is in `wait` must not wake a descriptor that is somebody else's by now.
+            if not self._thread.is_alive():
+                self._close_wake_fd()
         return not self._thread.is_alive()
 
     def abandon(self) -> None:
         """In a forked child: close what was inherited, without a word to the daemon. The parent's is untouched."""
-        self._closed = True
-        for file in {*self._journal.files(), *self._backlog.files(), *self._spool.files()}:
+        for file in (*self._journal.files(), *self._spool.files()):
             file.close()
-        os.close(self._wake_fd)
+        self._close_wake_fd()
+
+    def _close_wake_fd(self) -> None:
+        if not self._closed:
+            self._closed = True
+            os.close(self._wake_fd)
 
     # In the thread.
 
@@ -147,7 +164,7 @@ class Sender:
         try:
             self._connect()
             while not self._stopping.is_set():
-                self.step(FLUSH_INTERVAL_S)
+                self.step(self._flush_interval_s)
             self._close()
         except Exception as exc:  # noqa: BLE001 - a loop top: training goes on, the journal keeps the records
             self._warn(
@@ -165,8 +182,11 @@ class Sender:
             if path == self._path:
                 return
             self._transport.close()
-        self._path = path
-        self._transport = Transport(path, self._wake_fd)
+            self._transport = None
+        try:
+            self._transport, self._path = Transport(path, self._wake_fd), path
+        except (OSError, ProtocolError) as exc:
+            self._warn(f"the daemon at {path} cannot be reached for now: {exc}; records are kept on this node")
 
     def step(self, timeout_s: float) -> None:
         """Wait for news or the timer, then do everything there is to do once."""
@@ -181,7 +201,7 @@ class Sender:
         now_s = time.monotonic()
         if self.state == State.ATTACHED:
             self._send(now_s)
-        elif now_s - self._last_spill_s >= SPILL_INTERVAL_S:
+        if self._journal.crowded or (self.state != State.ATTACHED and now_s - self._last_spill_s >= SPILL_INTERVAL_S):
             self._spill(now_s)
         if self.state == State.CONNECTING and now_s - self._looked_s >= LOOK_INTERVAL_S:
             self._looked_s = now_s
@@ -189,7 +209,7 @@ class Sender:
         self._publish()
 
     def _wait_offline(self, timeout_s: float) -> None:
-        if select.select([self._wake_fd], [], [], timeout_s)[0]:
+        if self._poll.poll(round(timeout_s * 1000)):
             os.eventfd_read(self._wake_fd)
 
     def _on_event(self, event: Any) -> None:
@@ -254,7 +274,12 @@ class Sender:
     def _send(self, now_s: float) -> None:
         assert self._transport is not None
         while self._backlog.in_flight < wire.CREDIT:
-            batch = self._backlog.next_batch()
+            try:
+                batch = self._backlog.next_batch()
+            except OSError as exc:
+                self._detach(State.SILENT)
+                self._warn(f"records cannot be read back ({exc}); this is tried again, and after this process ends")
+                break
             if batch is None:
                 break
             if self._backlog.in_flight == 1:
@@ -301,14 +326,12 @@ class Sender:
         if not self._backlog.empty:
             self._spill(time.monotonic())
         self._publish()
+        self._spool.seal()
         held = self._backlog.files()
-        for file in {*self._journal.files(), *held}:
+        for file in (*self._journal.files(), *self._spool.files()):
             if file in held:
                 file.close()
             else:
                 file.remove()
-        self._spool.seal()
         if self._transport is not None:
             self._transport.close()
-        self._closed = True
-        os.close(self._wake_fd)

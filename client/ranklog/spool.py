@@ -25,12 +25,13 @@ class Spool:
 
     def __init__(self, writer: str, start_frame: bytes, directories: list[Path], *, size_max: int) -> None:
         self.size = 0
-        """Bytes in live files."""
+        """Unacknowledged bytes on disk."""
         self._writer = writer
         self._start_frame = start_frame
         self._directories = directories
         self._size_max = size_max
         self._number = 0
+        self._files: set[FrameFile] = set()
         self._file: FrameFile | None = None
         self._unsynced = False
 
@@ -39,16 +40,32 @@ class Spool:
         self._directories = [directory, *(d for d in self._directories if d != directory)]
 
     def take(self, chunk: Chunk) -> Chunk:
-        """Copy a journal chunk to disk and return where it is now; raises OSError (ENOSPC at the cap)."""
-        data = os.pread(chunk.file.fd, chunk.end - chunk.offset, chunk.offset)
-        if self.size + len(data) > self._size_max:
+        """Copy a journal chunk to disk and return where it is now; raises OSError (ENOSPC at the cap).
+
+        A directory that is full is passed over, until the others are full too.
+        """
+        size = chunk.end - chunk.offset
+        if self.size + size > self._size_max:
             raise OSError(errno.ENOSPC, f"spool cap of {self._size_max} bytes reached")
+        for _ in self._directories[1:]:
+            try:
+                return self._append(chunk, size)
+            except OSError as exc:
+                if exc.errno not in fs.NO_SPACE:
+                    raise
+                self.sync()
+                self.seal()
+                self._directories.append(self._directories.pop(0))
+        return self._append(chunk, size)
+
+    def _append(self, chunk: Chunk, size: int) -> Chunk:
         file = self._file
-        if file is None or file.size + len(data) > FILE_SIZE_MAX:
+        if file is None or file.size + size > FILE_SIZE_MAX:
             file = self._roll()
         room = os.fstatvfs(file.fd)
-        if room.f_bavail * room.f_frsize < FREE_SIZE_MIN + len(data):
+        if room.f_bavail * room.f_frsize < FREE_SIZE_MIN + size:
             raise OSError(errno.ENOSPC, f"less than {FREE_SIZE_MIN} bytes would stay free")
+        data = os.pread(chunk.file.fd, size, chunk.offset)
         offset = file.size
         fs.write_all(file.fd, data, offset)
         failpoint("spool.write.after")
@@ -59,14 +76,17 @@ class Spool:
         return Chunk(file, offset, file.size, chunk.first_seq, chunk.next_seq)
 
     def sync(self) -> None:
-        """Make everything taken so far durable; on OSError the file is given up: later chunks go to a new one."""
+        """Make everything taken so far durable; on OSError the file is given up: later chunks go to a new one.
+
+        The error is never one of `fs.NO_SPACE`, which would mean that what was taken before is safe.
+        """
         if self._file is None or not self._unsynced:
             return
         try:
             fs.sync_data(self._file.fd)
-        except OSError:
+        except OSError as exc:
             self.seal()
-            raise
+            raise OSError(errno.EIO, f"fsync of the spool failed: {exc}") from exc
         self._unsynced = False
         failpoint("spool.sync.after")
 
@@ -77,19 +97,23 @@ class Spool:
         if chunk.file.chunks == 0:
             if chunk.file is self._file:
                 self._file, self._unsynced = None, False
-            chunk.file.remove()
+            self._remove(chunk.file)
 
     def seal(self) -> None:
         """Write no more into the current file."""
         if self._file is not None:
             self._file.sealed = True
             if self._file.chunks == 0:
-                self._file.remove()
+                self._remove(self._file)
         self._file, self._unsynced = None, False
 
     def files(self) -> list[FrameFile]:
-        """Return the file being written, if any."""
-        return [self._file] if self._file is not None else []
+        """Return every file that is open: for closing everything."""
+        return list(self._files)
+
+    def _remove(self, file: FrameFile) -> None:
+        self._files.discard(file)
+        file.remove()
 
     def _roll(self) -> FrameFile:
         """Open the next file, in the first directory that takes one; the last one's bytes become durable before."""
@@ -97,13 +121,22 @@ class Spool:
         self.seal()
         error: OSError | None = None
         for directory in self._directories:
-            name = FileName(self._writer, self._number, "spool")
             try:
-                self._file = framefile.create(directory, name, self._start_frame, 0)
-                fs.sync_dir(directory)
+                self._file = self._create(directory)
             except OSError as exc:
                 error = exc
                 continue
-            self._number += 1
             return self._file
         raise error or OSError(errno.ENOENT, "no spool directory could be used")
+
+    def _create(self, directory: Path) -> FrameFile:
+        name = FileName(self._writer, self._number, "spool")
+        self._number += 1
+        file = framefile.create(directory, name, self._start_frame, 0)
+        try:
+            fs.sync_dir(directory)
+        except OSError:
+            file.remove()
+            raise
+        self._files.add(file)
+        return file

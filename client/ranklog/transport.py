@@ -20,6 +20,8 @@ from ranklog.errors import ProtocolError
 
 RECONNECT_MS = 50
 RECONNECT_MS_MAX = 500  # At 5 s, acks were still absent 2.3 s after the daemon was back.
+DESCRIPTORS = 16
+"""A context with its sockets takes 10 descriptors. Where there are none, libzmq aborts the whole process."""
 PATH_SIZE_MAX = 107  # sun_path; libzmq says only "invalid argument".
 
 
@@ -35,14 +37,23 @@ Event = Up | Down | tuple[wire.Type, list[Any], bytes]
 
 
 class Transport:
-    """One connection of one process. Used by the thread that created it."""
+    """One connection of one process. Used by the thread that created it. Raises ProtocolError and OSError when made."""
 
     def __init__(self, path: Path, wake_fd: int = -1) -> None:
         if len(os.fsencode(path)) > PATH_SIZE_MAX:
             raise ProtocolError(
                 f"socket path {path} is longer than {PATH_SIZE_MAX} bytes; set RANKLOG_SOCKET to a shorter one"
             )
+        _require_descriptors()
+        self._wake_fd = wake_fd
         self._context = zmq.Context(io_threads=1)
+        try:
+            self._open(f"ipc://{path}")
+        except zmq.ZMQError as exc:
+            self._context.destroy(0)
+            raise OSError(exc.errno, f"ZeroMQ: {exc}") from exc
+
+    def _open(self, address: str) -> None:
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, 64)
@@ -52,13 +63,12 @@ class Transport:
         self._socket.setsockopt(zmq.IDENTITY, b"\0" + os.urandom(15))
         self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MESSAGE_SIZE_MAX)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
-        self._socket.connect(f"ipc://{path}")
+        self._socket.connect(address)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
-        self._wake_fd = wake_fd
-        if wake_fd >= 0:
-            self._poller.register(wake_fd, zmq.POLLIN)
+        if self._wake_fd >= 0:
+            self._poller.register(self._wake_fd, zmq.POLLIN)
 
     def send(self, header: bytes, body: bytes | None = None) -> bool:
         """Hand a message to libzmq; False if it has no room for it now."""
@@ -103,3 +113,14 @@ class Transport:
         self._monitor.close(0)
         self._socket.close(0)
         self._context.destroy(0)
+
+
+def _require_descriptors() -> None:
+    """Raise OSError if this process cannot open as many descriptors as a context needs."""
+    spare: list[int] = []
+    try:
+        while len(spare) < DESCRIPTORS:
+            spare += os.pipe()
+    finally:
+        for fd in spare:
+            os.close(fd)

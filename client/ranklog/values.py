@@ -31,7 +31,7 @@ from typing import Any, TypeAlias
 
 import msgpack
 
-from ranklog.foreign import PARTS_MAX, UnusableError, array_of, atom_of, key_text, parts_of, whole_of
+from ranklog.foreign import PARTS_MAX, UnusableError, array_of, atom_of, is_array, key_text, parts_of, whole_of
 from ranklog.frame import FRAME_SIZE_MAX, JSON_EXT
 from ranklog.names import fit_text
 
@@ -45,7 +45,7 @@ KEYS_MAX = PARTS_MAX
 DEPTH_MAX = 32
 """Levels of dicts and lists: what is deeper contains itself, or might as well."""
 
-_LOOKS_MAX = 1 << 19  # Values looked at for one record: more do not fit into one, and log() must return.
+_LOOKS_MAX = 1 << 17  # Values looked at for one record: more do not fit into one, and log() must return.
 _PLAIN = frozenset({float, bool, type(None)})
 _INT_MIN, _INT_MAX = -(1 << 63), (1 << 64) - 1  # What msgpack can hold.
 
@@ -145,7 +145,7 @@ class _Record:
 
     def _read(self, prefix: str, key: Any, value: Any, depth: int) -> None:
         name = clean_key(prefix + key_text(key))
-        if hasattr(type(value), "tolist"):
+        if is_array(value):
             value = array_of(value)
         if type(value) in _PLAIN:
             self._store(name, value)
@@ -211,7 +211,7 @@ class _Record:
             if memoryview(value).nbytes > FRAME_SIZE_MAX:
                 raise UnusableError(f"it is more than {FRAME_SIZE_MAX} bytes")
             return base64.b64encode(value).decode()
-        return self._plain(array_of(value) if hasattr(type(value), "tolist") else atom_of(value), depth)
+        return self._plain(array_of(value) if is_array(value) else atom_of(value), depth)
 
 
 def _storable(text: str) -> str:

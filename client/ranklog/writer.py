@@ -6,11 +6,14 @@ the holder, who writes it before it returns: nothing deadlocks, and the handed r
 to "returned = safe".
 """
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import msgpack
 
 from ranklog.config import Settings
 from ranklog.frame import Kind
@@ -47,6 +50,7 @@ class Writer:
         self.start = start
         self._lock = threading.RLock()
         self._busy = False
+        self._closed = False
         self._handed: deque[_Record] = deque(maxlen=HANDED_MAX)
         self._step = -1
         frame = encode_start(start)
@@ -59,8 +63,13 @@ class Writer:
                 "no directory for the journal could be used; records are kept in memory and a kill loses what no daemon has acknowledged"
             )
         spool = Spool(start.writer, frame, places.spool_dirs, size_max=settings.spool_size_bytes)
-        self._sender = Sender(frame, bytes.fromhex(start.writer), self._journal, spool, places.find_socket, warn)
-        self._sender.start()
+        self._sender = Sender(
+            frame, bytes.fromhex(start.writer), self._journal, spool, places.find_socket, warn, settings.flush_interval_s
+        )
+        try:
+            self._sender.start()
+        except RuntimeError as exc:
+            warn(f"no thread could be started to send records ({exc}); they are kept on this node and adopted later")
 
     def _wake(self) -> None:
         self._sender.wake()
@@ -69,12 +78,11 @@ class Writer:
         """Write one record; False if there was no room for it. `counted`: it is a training record, so `step` defaults to the last one plus 1.
 
         When this returns, the record is in the journal, or its seq is part of a gap there. Raises what msgpack
-        raises for a payload it cannot pack; nothing is used up then.
+        raises for a payload it cannot pack; nothing is used up then. After `close` nothing is: False, too.
         """
         with self._lock:
             if self._busy:
-                self._handed.append(_Record(kind, payload, step, counted))
-                return True
+                return self._hand(_Record(kind, payload, step, counted))
             try:
                 self._busy = True
                 if counted:
@@ -86,10 +94,25 @@ class Writer:
                     accepted = self._journal.append(kind, step, payload)
             finally:
                 self._busy = False
-            while self._handed:
-                record = self._handed.popleft()
-                self.write(*record)
+                if self._handed:
+                    self._write_handed()
             return accepted
+
+    def _hand(self, record: _Record) -> bool:
+        """Leave a record to the write that this one interrupted. Packed once here, so that it cannot fail there."""
+        if self._closed:
+            return False
+        msgpack.packb(record.payload)
+        self._handed.append(record._replace(payload=dict(record.payload)))
+        return True
+
+    def _write_handed(self) -> None:
+        while self._handed:
+            record = self._handed.popleft()
+            if record.kind == Kind.END:
+                self._write_end(record.payload)
+            else:
+                self.write(*record)
 
     @property
     def written(self) -> int:
@@ -107,22 +130,45 @@ class Writer:
         return self._sender.state
 
     def flush(self, timeout_s: float, *, spooled: bool = False) -> bool:
-        """Wait until everything written so far is durable at the daemon (`spooled`: or on this node's disk)."""
-        return self._sender.wait(self._journal.next_seq, timeout_s, spooled=spooled)
+        """Wait until everything written so far is durable at the daemon (`spooled`: or on this node's disk).
+
+        What was refused just now is not waited for: its gap closes with the next record.
+        """
+        return self._sender.wait(self._journal.closed_seq, timeout_s, spooled=spooled)
 
     def connects(self, timeout_s: float) -> bool:
         """Wait for a daemon to answer, if its socket is there at all; True once it does."""
         return self._sender.connects(timeout_s)
 
     def end(self, exit_code: int | None) -> None:
-        """Write the end record."""
+        """Write the end record; nothing is taken after it."""
+        payload = {"exit_code": exit_code}
         with self._lock:
-            self._sender.end_seq = self._journal.next_seq
-            self.write(Kind.END, {"exit_code": exit_code, "last": self._journal.next_seq})
+            if self._busy:
+                self._hand(_Record(Kind.END, payload, None, counted=False))
+            else:
+                self._write_end(payload)
+
+    def _write_end(self, payload: dict[str, Any]) -> None:
+        self._sender.end_seq = self._journal.next_seq
+        self.write(Kind.END, {**payload, "last": self._journal.next_seq})
+        self._seal()
+
+    def _seal(self) -> None:
+        """Take no more records: the files may go at any moment, and their descriptors to somebody else."""
+        self._busy = self._closed = True
+        with contextlib.suppress(OSError):  # Then the seqs of the last gap are missing instead, and show it as well.
             self._journal.close_gap()
 
     def close(self, timeout_s: float) -> bool:
-        """Spill what is unacknowledged to disk and let go of every file; True if all of that was done in time."""
+        """Spill what is unacknowledged to disk and let go of every file; True if all of that was done in time.
+
+        Called from a signal handler that interrupted `write`, it does nothing: that write goes on afterwards.
+        """
+        with self._lock:
+            if self._busy and not self._closed:
+                return False
+            self._seal()
         return self._sender.stop(timeout_s)
 
     @property

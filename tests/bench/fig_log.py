@@ -92,8 +92,8 @@ def _blocks(
             measured: dict[str, Any] = rank.hear()
         last = rank.end()
     node.bring_in()
-    found = account(node.store, {0: last["logged"] - 1})
-    return measured, f"lost {found.missing + found.in_gaps} of {last['logged'] - 1}, doubled {found.doubled}, refused {last['refused']}"
+    found = account(node.store, {0: last["logged"]})
+    return measured, f"lost {found.missing + found.in_gaps} of {last['logged']}, doubled {found.doubled}, refused {last['refused']}"
 
 
 @contextmanager

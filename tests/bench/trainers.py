@@ -73,9 +73,9 @@ class Trainer:
 
 
 @contextmanager
-def trainers(node: Node, what: str, count: int, *, module: str = "bench.trainer", **arguments: Any) -> Iterator[list[Trainer]]:
-    """Give `count` measured processes, ranks 0 to count - 1 of one run; kills what is left of them afterwards."""
-    ranks = [Trainer(node, what, module=module, rank=rank, world=count, **arguments) for rank in range(count)]
+def trainers(node: Node, what: str, world: int, *, module: str = "bench.trainer", **arguments: Any) -> Iterator[list[Trainer]]:
+    """Give `world` measured processes, ranks 0 to world - 1 of one run; kills what is left of them afterwards."""
+    ranks = [Trainer(node, what, module=module, rank=rank, world=world, **arguments) for rank in range(world)]
     try:
         yield ranks
     finally:

@@ -3,6 +3,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from ranklog.frame import Kind, encode_gap
 from ranklog.start import encode_start
 from ranklogd.ship.batch import Batch, read_batch

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import math
 import struct
@@ -7,6 +8,7 @@ import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from ranklog.errors import FormatError
 from ranklog.frame import Kind, encode_frame
 from ranklog.start import encode_start
@@ -151,10 +153,8 @@ def test_a_bad_body_is_a_format_error_and_costs_no_memory(name):
 @given(st.binary(max_size=200) | st.binary(max_size=60).map(lambda tail: b"\x95\x01\x07\x05\x03" + tail))
 def test_no_bytes_raise_anything_but_a_format_error(data):
     for decode in (decode_record, read_start):
-        try:
+        with contextlib.suppress(FormatError):
             decode(data)
-        except FormatError as exc:
-            assert str(exc)
 
 
 def test_frames_behind_one_with_a_bad_checksum_are_found_by_its_size():

@@ -15,9 +15,6 @@ from datetime import UTC, date, datetime, time, timedelta
 from enum import Enum
 from typing import Any, NamedTuple
 
-CELL_WIDTH_MIN = 10
-"""A text or time is not cut shorter than this; rather a column at the right is left out."""
-
 
 class Look(Enum):
     """How a column is aligned and cut."""
@@ -25,6 +22,10 @@ class Look(Enum):
     TEXT = "text"
     TIME = "time"
     NUMBER = "number"
+
+
+_WIDTH_MIN = {Look.TEXT: 10, Look.TIME: 17}
+"""A cell is not cut shorter than this (a time: the minute); rather a column at the right is left out."""
 
 
 _GAP = "  "
@@ -55,7 +56,7 @@ def lay_out(header: Sequence[str], rows: Sequence[Sequence[str]], looks: Sequenc
 
 def _narrow(widths: Sequence[int], looks: Sequence[Look], width: int) -> list[int]:
     """Return the widths of as many columns as fit, the widest cut one cell at a time: texts first, then times."""
-    least = [w if look is Look.NUMBER else min(w, CELL_WIDTH_MIN) for w, look in zip(widths, looks, strict=True)]
+    least = [min(w, _WIDTH_MIN.get(look, w)) for w, look in zip(widths, looks, strict=True)]
     shown = len(widths)
     while shown > 1 and _total(least[:shown]) > width:
         shown -= 1

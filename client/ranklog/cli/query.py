@@ -35,29 +35,23 @@ def run(args: argparse.Namespace) -> int:
     """Run the statement and print its result; a statement that DuckDB does not understand is wrong usage."""
     import duckdb
 
+    from ranklog.reader.fetch import fetch_batches
     from ranklog.reader.sql import connect, first_line
 
     statement = sys.stdin.read() if args.sql == "-" else args.sql
     style = "json" if args.json else args.format or "table"
     try:
         with connect(args.to or default_url(), args.project, args.run) as con:
-            relation = con.sql(statement)
-            if relation is not None:
-                reader = to_reader(relation, _BATCH_ROWS)
-                _PRINTERS[style](reader.schema, reader, args.rows)
+            batches = fetch_batches(con, statement, _BATCH_ROWS)
+            schema = next(batches, None)
+            if schema is not None:
+                _PRINTERS[style](schema, batches, args.rows)
     except (duckdb.ParserException, duckdb.CatalogException, duckdb.BinderException) as exc:
         raise UsageError(f"query: {first_line(exc)}") from exc
-    except duckdb.Error as exc:
+    except (duckdb.Error, ValueError) as exc:
         raise RanklogError(f"query: {first_line(exc)}") from exc
     warn_pending()
     return 0
-
-
-def to_reader(relation: Any, batch_rows: int) -> Any:
-    """Return a relation's rows as an Arrow RecordBatchReader."""
-    if hasattr(relation, "to_arrow_reader"):
-        return relation.to_arrow_reader(batch_rows)
-    return relation.fetch_arrow_reader(batch_rows)  # DuckDB before 1.5
 
 
 def _unique(names: list[str]) -> list[str]:

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from ranklog.errors import StoreError
 from ranklog.layout import ShardKey
+from ranklog.reader.fetch import fetch_table
 from ranklog.reader.listing import RunPath, Shard
 from ranklog.reader.runs import find_shards
 from ranklog.reader.sql import connect_shards, shard_errors
@@ -50,8 +51,8 @@ class Follower:
         shards = self._list()
         self._mark(shards)
         with connect_shards(self._store, shards) as con, shard_errors(self._store.url):
-            rows = con.sql(_SELECT.format(columns=", ".join(COLUMNS), where=self._condition))
-            return rows.order("ts DESC").limit(count).order(_ORDER).to_arrow_table()
+            rows = f"{self._select(self._condition)} ORDER BY ts DESC LIMIT {count}"
+            return fetch_table(con, f"FROM ({rows}) ORDER BY {_ORDER}")
 
     def fresh(self) -> pa.Table | None:
         """Return the rows that arrived since the last call, oldest first; None if no shard did."""
@@ -65,7 +66,7 @@ class Follower:
             where = f"({self._condition}) AND lsn > {self._shown.get(source, -1)}"
             try:
                 with connect_shards(self._store, shards) as con, shard_errors(self._store.url):
-                    tables.append(con.sql(_SELECT.format(columns=", ".join(COLUMNS), where=where)).to_arrow_table())
+                    tables.append(fetch_table(con, self._select(where)))
             except StoreError as exc:
                 if exc.permanent:
                     raise
@@ -74,6 +75,9 @@ class Follower:
         if not tables:
             return None
         return pa.concat_tables(tables).sort_by([(column, "ascending") for column in _ORDER.split(", ")])
+
+    def _select(self, where: str) -> str:
+        return _SELECT.format(columns=", ".join(COLUMNS), where=where)
 
     def _list(self) -> list[Shard]:
         return find_shards(self._store, self._project, self._run)

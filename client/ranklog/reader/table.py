@@ -11,14 +11,17 @@ from collections.abc import Iterable
 import pyarrow as pa
 
 from ranklog.errors import StoreError, UsageError
+from ranklog.reader.fetch import fetch_table
 from ranklog.reader.sql import among, connect, key_condition, quote, shard_errors
 from ranklog.schema import KIND_NAMES, SCHEMA
 
 POINTS_PER_BUCKET = 4
 """First, last, lowest, highest."""
 
-_SELECT = "SELECT * FROM records WHERE {where}"
-_ORDER = "key, rank NULLS LAST, step NULLS LAST, seq, project, run, kind, role, writer"
+_SELECT = """
+SELECT * FROM records WHERE {where}
+ORDER BY key, rank NULLS LAST, step NULLS LAST, seq, project, run, kind, role, writer
+"""
 
 _SERIES = """
 CREATE TEMP TABLE series AS
@@ -78,11 +81,12 @@ def read_table(
 def _select(url: str, project: str | None, run: str | None, where: str, max_points: int | None) -> pa.Table:
     with connect(url, project, run) as con, shard_errors(url):
         if max_points is not None:
-            con.execute(_SERIES.format(where=where))
-            if (con.sql("SELECT max(points) FROM series").fetchall()[0][0] or 0) > max_points:
-                con.execute(_KEPT.format(where=where, points=max_points, buckets=max_points // POINTS_PER_BUCKET))
+            fetch_table(con, _SERIES.format(where=where))
+            if (fetch_table(con, "SELECT max(points) FROM series").column(0)[0].as_py() or 0) > max_points:
+                buckets = max_points // POINTS_PER_BUCKET
+                fetch_table(con, _KEPT.format(where=where, points=max_points, buckets=buckets))
                 where += " AND (writer, seq, kind, key) IN (SELECT row_id FROM kept)"
-        return con.sql(_SELECT.format(where=where)).order(_ORDER).to_arrow_table()
+        return fetch_table(con, _SELECT.format(where=where))
 
 
 def _where(keys: str | Iterable[str] | None, ranks: int | Iterable[int] | None, kinds: str | Iterable[str]) -> str:

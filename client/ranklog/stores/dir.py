@@ -215,6 +215,8 @@ class DirStore:
             remedy = "free space there or raise the quota"
         elif exc.errno in _DENIED:
             remedy = f"make it writable for uid {os.geteuid()}"
+        elif exc.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
+            remedy = "something stands where a directory or a file of the store must be: move it away"
         else:
             remedy = "check that the filesystem is mounted and healthy"
         where = f": {exc.filename}" if exc.filename else ""

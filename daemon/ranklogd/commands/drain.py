@@ -87,7 +87,7 @@ def drain(launcher: Launcher, *, timeout_s: float, pause: Pause, progress: Progr
     deadline_s = time.monotonic() + timeout_s
     before = snapshot(settings)
     adopted_before = 0 if since_start else before.get("adopted", 0)
-    waited_before = _waiting(before)
+    uploaded_before = _mark(before, "uploaded")
     done, stopped_by = False, "the time was not enough"
     while (left_s := deadline_s - time.monotonic()) > 0:
         asking = _Asking(lambda left_s=left_s: _both(settings, left_s))  # type: ignore[misc]
@@ -106,7 +106,8 @@ def drain(launcher: Launcher, *, timeout_s: float, pause: Pause, progress: Progr
     after = snapshot(settings)
     pending = _waiting(after)
     reason = "" if done else why_pending(after) or stopped_by
-    return Drained(done, pending, after.get("adopted", 0) - adopted_before, max(0, waited_before - pending), reason)
+    uploaded = max(0, _mark(after, "uploaded") - uploaded_before)
+    return Drained(done, pending, max(0, after.get("adopted", 0) - adopted_before), uploaded, reason)
 
 
 def _both(settings: Settings, timeout_s: float) -> Flushed:
@@ -141,8 +142,11 @@ def snapshot(settings: Settings) -> dict[str, Any]:
 
 
 def _waiting(status: dict[str, Any]) -> int:
-    marks = status.get("watermarks", {})
-    return int(marks.get("received", 0) - marks.get("uploaded", 0))
+    return _mark(status, "received") - _mark(status, "uploaded")
+
+
+def _mark(status: dict[str, Any], name: str) -> int:
+    return int(status.get("watermarks", {}).get(name, 0))
 
 
 def why_pending(status: dict[str, Any]) -> str:

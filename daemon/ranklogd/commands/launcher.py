@@ -25,13 +25,14 @@ from ranklog.autostart import (
     daemon_environment,
     is_listening,
     lock_starter,
+    missing_package,
     note_starter,
     open_log,
     read_starter,
 )
 from ranklog.config import Settings
 from ranklog.control import Pong
-from ranklog.errors import NoDaemon, RanklogError
+from ranklog.errors import MissingExtra, NoDaemon, RanklogError
 from ranklog.identity import pid_namespace, process_start
 from ranklogd.commands.process import Child, Children
 from ranklogd.config import load_config
@@ -68,7 +69,11 @@ class Launcher:
         self.settings: Settings = self.config.settings()
         self.started = False
         """A command such as this one started the daemon; so it may be restarted and stopped."""
-        self._flags = dict(flags)
+        self.fresh = False
+        """This very command started the daemon."""
+        self.at_home = True
+        """The daemon is at the place of `config`, not one found elsewhere on this node."""
+        self.flags = dict(flags)
         self._children = children
         self._pause = pause
         self._lock_wait_s = lock_wait_s
@@ -104,14 +109,14 @@ class Launcher:
         """Look for a daemon at a place that is not where ours would be, such as the system's."""
         settings = Settings.from_env()
         found = places.find_socket(settings)
-        if "runtime_dir" in self._flags or found == self.config.socket or is_listening(self.config.socket):
+        if "runtime_dir" in self.flags or found == self.config.socket or is_listening(self.config.socket):
             return None
         try:
             pong = control.ping(settings, PING_TIMEOUT_S) if is_listening(found) else None
         except NoDaemon:
             return None
         if pong is not None:
-            self.settings = settings
+            self.settings, self.at_home = settings, False
         return pong
 
     def _share_lease(self, deadline_s: float) -> None:
@@ -149,10 +154,14 @@ class Launcher:
             self._process = None
         starter = read_starter(self.config.socket)
         self.started = starter is not None and starter.by == "run"
+        self.fresh = self._process is not None
         return pong
 
     def _start(self) -> bool:
         """Start a daemon unless somebody else just does."""
+        package = missing_package()
+        if package:
+            raise MissingExtra("no daemon runs here, and to start one ranklog", "daemon", package)
         lock = lock_starter(self.config.socket)
         if lock is None:
             return False
@@ -161,7 +170,7 @@ class Launcher:
             note_starter(lock, Starter("run"))
             self._log_offset = os.fstat(log).st_size
             os.set_inheritable(lock, True)  # noqa: FBT003
-            flags = [part for name, value in self._flags.items() for part in (f"--{name.replace('_', '-')}", value)]
+            flags = [part for name, value in self.flags.items() for part in (f"--{name.replace('_', '-')}", value)]
             idle = [] if self.config.idle_exit_s else ["--idle-exit", IDLE_EXIT]
             command = [*daemon_command(), "--lock-wait", f"{self._lock_wait_s:g}", *idle, *flags]
             self._process = self._children.spawn(command, daemon_environment(), output_fd=log)

@@ -108,8 +108,10 @@ class Conversion:
                     attempt.withdrawn()
                 else:
                     attempt.failed(f"{type(done).__name__}: {done}")
-                raise done
-        tries.forget()
+        if isinstance(done, Converted) or not path.exists():
+            tries.forget()
+        if isinstance(done, Exception):
+            raise done
         return done
 
     def _hold(self, path: Path, exc: Exception) -> None:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 from ranklog import fs
 
 SUFFIX = ".tries"
+_BEGIN = "begin oom_kills="
 _SIZE_MAX = 64 << 10
 _VMSTAT = Path("/proc/vmstat")
 
@@ -36,17 +37,20 @@ class Record(NamedTuple):
 
 def judge(text: str, oom_kills: int) -> Record:
     """Return what a `.tries` file says, if the kernel has killed `oom_kills` processes for memory by now. Pure."""
-    tries = [part.split("\n") for part in text.split("begin ")[1:]]
-    counts = [_count(lines[0]) for lines in tries]
     strikes = unexplained = 0
-    last = ""
-    for lines, began, ended in zip(tries, counts, [*counts[1:], oom_kills], strict=True):
-        reasons = [line for line in lines[1:] if line.startswith(("raised ", "Fatal Python error"))]
-        if reasons or ended > began:
-            strikes += 1
-            last = reasons[-1] if reasons else "the kernel killed the converter for lack of memory"
-        else:
-            unexplained += 1
+    last, began, reason = "", -1, ""
+    for line in (*text.split("\n"), f"{_BEGIN}{oom_kills}"):
+        if line.startswith(("raised ", "Fatal Python error")):
+            reason = line
+        elif line.startswith(_BEGIN):  # The next try's begin is the end of the one before.
+            now = _count(line)
+            if began >= 0 and not reason and now > began:
+                reason = "the kernel killed the converter for lack of memory"
+            if began >= 0 and reason:
+                strikes, last = strikes + 1, reason
+            elif began >= 0:
+                unexplained += 1
+            began, reason = now, ""
     return Record(strikes, unexplained, last)
 
 
@@ -82,11 +86,13 @@ class Tries:
         self._path = segment.with_suffix(SUFFIX)
 
     def read(self) -> Record:
-        """Return what is known of the segment; raises OSError."""
+        """Return what is known of the segment. A file that cannot be read counts as a try nobody can explain."""
         try:
             return judge(self._path.read_text(encoding="utf-8", errors="replace")[:_SIZE_MAX], oom_kills())
         except FileNotFoundError:
             return Record()
+        except OSError:
+            return Record(unexplained=1)
 
     @contextmanager
     def begun(self) -> Iterator[Try]:
@@ -94,7 +100,7 @@ class Tries:
         fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
             attempt = Try(fd)
-            os.write(fd, f"begin oom_kills={oom_kills()}\n".encode())
+            os.write(fd, f"{_BEGIN}{oom_kills()}\n".encode())
             faulthandler.enable(fd)
             yield attempt
         finally:
@@ -114,5 +120,5 @@ def forget_orphans(wal: Path) -> None:
 
 
 def _count(line: str) -> int:
-    text = line.removeprefix("oom_kills=").strip()
+    text = line.removeprefix(_BEGIN).strip()
     return int(text) if text.isdecimal() else 0
