@@ -124,7 +124,7 @@ def open_log(path: Path) -> int:
 def is_listening(socket: Path) -> bool:
     """Return whether a process holds this unix socket open, even one that hangs; False for a dead one's leftover."""
     with sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM) as probe:
-        probe.setblocking(False)
+        probe.settimeout(0)
         try:
             probe.connect(os.fsencode(socket))
         except BlockingIOError:

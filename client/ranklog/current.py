@@ -5,6 +5,7 @@ starts the sender thread. Calling it again finishes the run before; a notebook r
 """
 
 import os
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,11 +79,11 @@ def _init(
     def open_writer(start: Start) -> Writer | None:
         return None if mode == "disabled" else _open_writer(start, settings, mode, dir)
 
-    def on_finish(run: Run, complete: bool) -> None:  # noqa: FBT001
+    def on_finish(run: Run, complete: bool | None) -> None:  # noqa: FBT001
         lifecycle.remove(run)
         if _current.run is run:
             _current.run = None
-        if loud:
+        if loud and complete is not None:
             say(_finished_line(run, complete, mode))
 
     run = Run(start, open_writer, on_finish)
@@ -92,6 +93,9 @@ def _init(
         say(_started_line(run, identity, settings, mode))
     if config:
         run.config.update(config)
+    if settings.autostart and mode == "online":
+        # In a thread of its own: init() waits for no process to start.
+        threading.Thread(target=_autostart, args=(settings,), daemon=True).start()
     return run
 
 
@@ -155,6 +159,12 @@ def _open_writer(start: Start, settings: Settings, mode: str, directory: str | P
     except (OSError, RanklogError) as exc:
         warn(f"no journal could be made: {exc}. Training goes on; nothing is logged")
         return None
+
+
+def _autostart(settings: Settings) -> None:
+    from ranklog import autostart  # Brings in subprocess: a third of what `import ranklog` costs without it.
+
+    autostart.start_if_absent(settings)
 
 
 def _started_line(run: Run, identity: Identity, settings: Settings, mode: str) -> str:

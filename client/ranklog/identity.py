@@ -82,7 +82,7 @@ class Identity:
 
 
 def identify(
-    env: Mapping[str, str],
+    env: Mapping[str, str] | None,
     *,
     project: str | None,
     machine: Machine,
@@ -94,9 +94,10 @@ def identify(
 ) -> Identity:
     """Return who this process is, by the table above; never raises for anything the environment may hold.
 
-    The arguments are those of `init()`; `fresh_id` is the id for a process on its own, by default a new one.
+    `env` is by default this process's. The other arguments are those of `init()`; `fresh_id` is the id for a process on
+    its own, by default a new one.
     """
-    variables = Variables(env)
+    variables = Variables(os.environ if env is None else env)
     given_rank = _rank(rank, variables)
     world = find_world(variables)
     place = _place(world, given_rank, variables)

@@ -1,9 +1,9 @@
-"""What happens to runs when their process forks or ends: hooks set once, at the first `init()`.
+"""What happens to runs when their process forks or ends: hooks set once, when this module is imported.
 
-exit, sys.exit, exception, Ctrl-C    atexit: send what can be sent within a second, the rest is adopted
-fork                                 the child lets go of the parent's files; it opens its own at its first record
-multiprocessing child                leaves by os._exit, which skips atexit: a Finalize does the same work
-SIGTERM, os._exit, SIGKILL           nothing runs: the daemon adopts
+    exit, sys.exit, exception, Ctrl-C    atexit: send what can be sent within a second, the rest is adopted
+    fork                                 the child lets go of the parent's files; it opens its own at its first record
+    multiprocessing child                leaves by os._exit, which skips atexit: a Finalize does the same work
+    SIGTERM, os._exit, SIGKILL           nothing runs: the daemon adopts
 """
 
 import atexit
@@ -29,15 +29,13 @@ class Lifecycle:
 
     def __init__(self) -> None:
         self._live: list[Mortal] = []
-        self._hooked = False
         self._finalized_pid = 0
+        # Exit hooks run last in, first out: set at import, ours comes after all that a script registers.
+        atexit.register(self._at_exit)
+        os.register_at_fork(after_in_child=self._after_fork)
 
     def add(self, run: Mortal) -> None:
         """Watch over `run` until `remove`."""
-        if not self._hooked:
-            self._hooked = True
-            atexit.register(self._at_exit)
-            os.register_at_fork(after_in_child=self._after_fork)
         self._live.append(run)
         self.watch_multiprocessing()
 

@@ -6,6 +6,7 @@ The fast path of `log` takes what nearly every call is: known clean keys and flo
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
@@ -21,6 +22,9 @@ FLUSH_TIMEOUT_S = 30.0
 CONNECT_TIMEOUT_S = 1.0
 CLOSE_TIMEOUT_S = 5.0
 EXIT_TIMEOUT_S = 1.0
+EXIT_SPILL_S = 0.2
+"""The part of EXIT_TIMEOUT_S in which what no daemon took is moved to disk."""
+FINISHED = "log() after finish(): the record is dropped. Call ranklog.init() again"
 REFUSED = (
     "a record was refused: it is larger than 1 MiB, or no daemon takes records and the spool is full. "
     "Gaps are marked in the data; see `ranklog status`"
@@ -75,8 +79,12 @@ class Run:
     """One run in one process. Make it with `ranklog.init()`; a context manager that finishes it."""
 
     def __init__(
-        self, start: Start, open_writer: Callable[[Start], Writer | None], on_finish: Callable[["Run", bool], None]
+        self,
+        start: Start,
+        open_writer: Callable[[Start], Writer | None],
+        on_finish: Callable[["Run", bool | None], None],
     ) -> None:
+        """`on_finish` is told whether the daemon has everything; None where this process had no writer."""
         self.id = start.run
         self.name = start.name
         self.project = start.project
@@ -86,7 +94,7 @@ class Run:
         self._open_writer = open_writer
         self._on_finish = on_finish
         self._known_keys: set[tuple[str, ...]] = set()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # A signal handler may call finish().
         self._pid = os.getpid()
         self._finished = False
         self._writer = open_writer(start)
@@ -110,7 +118,7 @@ class Run:
                 pass
             else:
                 if not accepted:
-                    warn(REFUSED)
+                    warn(FINISHED if writer.closed else REFUSED)
                 return
         self._write(_METRICS, self._normal(metrics), step, True)  # noqa: FBT003
 
@@ -141,16 +149,16 @@ class Run:
     def _write(self, kind: int, payload: Mapping[str, Any], step: int | None = None, counted: bool = False) -> None:  # noqa: FBT001, FBT002
         writer = self._writer or self._reopen()
         if writer is not None and not writer.write(kind, payload, step, counted):
-            warn(REFUSED)
+            warn(FINISHED if writer.closed else REFUSED)
 
     def _reopen(self) -> Writer | None:
         """Open a writer of this forked process's own; None if the run is finished or disabled."""
         with self._lock:
             if self._finished:
-                warn("log() after finish(): the record is dropped. Call ranklog.init() again")
+                warn(FINISHED)
             elif self._pid != os.getpid():
                 self.after_fork()
-            if self._writer is None and not self._finished and self._pid != self._start.pid and self._start.pid:
+            if self._writer is None and not self._finished and self._start.pid not in (0, self._pid):
                 self._start = child_start(self._start)
                 self._writer = self._open_writer(self._start)
                 lifecycle.watch_multiprocessing()
@@ -159,7 +167,7 @@ class Run:
     def after_fork(self) -> None:
         """In a forked child: let go of the parent's writer; the next record opens one of its own."""
         self._pid = os.getpid()
-        self._lock = threading.Lock()  # Another thread may have held the old one when the process was forked.
+        self._lock = threading.RLock()  # Another thread may have held the old one when the process was forked.
         if self._writer is not None:
             self._writer.abandon()
             self._writer = None
@@ -167,7 +175,7 @@ class Run:
     @shielded(default=False)
     def flush(self, timeout: float = FLUSH_TIMEOUT_S) -> bool:
         """Wait until everything logged so far survives a power cut; False if that was not reached in `timeout` seconds."""
-        return self._writer is None or self._writer.flush(timeout)
+        return self._writer is None or self._writer.flush(timeout, spooled=True)
 
     @shielded(None)
     def finish(
@@ -183,24 +191,29 @@ class Run:
                 return
             self._finished = True
             writer, self._writer = self._writer, None
-        if writer is None:
-            self._on_finish(self, False)  # noqa: FBT003
-            return
-        writer.end(exit_code)
-        complete = drain(writer, 0.0 if wait is None else timeout)
-        writer.close(CLOSE_TIMEOUT_S)
-        self._on_finish(self, complete or writer.acknowledged)
+        complete = None
+        try:
+            if writer is not None:
+                writer.end(exit_code)
+                complete = drain(writer, 0.0 if wait is None else timeout)
+        finally:  # Ctrl-C while waiting: what is not sent is moved to disk, and the run is over all the same.
+            if writer is not None:
+                writer.close(CLOSE_TIMEOUT_S)
+                complete = complete or writer.acknowledged
+            self._on_finish(self, complete)
         if wait == "uploaded" and complete:
             from ranklog import control  # Only this wait talks to the daemon by itself.
 
             control.wait_uploaded(timeout)
 
+    @shielded(None)
     def at_exit(self) -> None:
         """At interpreter exit without `finish()`: send what can be sent in a second; the rest is adopted."""
         writer = self._writer
         if writer is not None and self._pid == os.getpid():
-            drain(writer, EXIT_TIMEOUT_S)
-            writer.close(EXIT_TIMEOUT_S)
+            deadline = time.monotonic() + EXIT_TIMEOUT_S
+            drain(writer, EXIT_TIMEOUT_S - EXIT_SPILL_S)
+            writer.close(max(EXIT_SPILL_S, deadline - time.monotonic()))
 
     def __enter__(self) -> Self:
         return self

@@ -23,7 +23,7 @@ class Warner:
 
     def __init__(self) -> None:
         self._told: set[str] = set()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # A signal handler may warn, too.
 
     def __call__(self, text: str) -> None:
         """Print `text` unless it was printed before."""
@@ -37,15 +37,15 @@ class Warner:
 
     def after_fork(self) -> None:
         """Replace the lock: another thread may have held it when the process was forked."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
 
 def say(text: str) -> None:
-    """Write one line to stderr; a closed or missing stderr is no reason to disturb the training."""
+    """Write one line to stderr; a closed or missing one, or a signal amid another write, must not disturb the training."""
     try:
         sys.stderr.write(f"ranklog: {text}\n")
         sys.stderr.flush()
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RuntimeError):
         return
 
 
@@ -64,7 +64,7 @@ def shielded(default: R, *, usage_errors: bool = False) -> Callable[[Callable[P,
                 if usage_errors and isinstance(exc, UsageError):
                     raise
                 warn(
-                    f"{function.__name__}() failed: {type(exc).__name__}: {exc}. Training goes on without this record."
+                    f"{function.__name__.strip('_')}() failed: {type(exc).__name__}: {exc}. Training goes on without this record."
                 )
                 return default
 

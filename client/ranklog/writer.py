@@ -51,7 +51,7 @@ class Writer:
         self._lock = threading.RLock()
         self._busy = False
         self._closed = False
-        self._handed: deque[_Record] = deque(maxlen=HANDED_MAX)
+        self._handed: deque[_Record] = deque()
         self._step = -1
         frame = encode_start(start)
         self._journal = Journal(
@@ -75,7 +75,7 @@ class Writer:
         self._sender.wake()
 
     def write(self, kind: int, payload: Any, step: int | None = None, counted: bool = False) -> bool:  # noqa: FBT001, FBT002
-        """Write one record; False if there was no room for it. `counted`: it is a training record, so `step` defaults to the last one plus 1.
+        """Write one record; False if there was no room for it. `counted`: a training record, of the step after the last.
 
         When this returns, the record is in the journal, or its seq is part of a gap there. Raises what msgpack
         raises for a payload it cannot pack; nothing is used up then. After `close` nothing is: False, too.
@@ -100,7 +100,7 @@ class Writer:
 
     def _hand(self, record: _Record) -> bool:
         """Leave a record to the write that this one interrupted. Packed once here, so that it cannot fail there."""
-        if self._closed:
+        if self._closed or len(self._handed) >= HANDED_MAX:
             return False
         msgpack.packb(record.payload)
         self._handed.append(record._replace(payload=dict(record.payload)))
@@ -123,6 +123,11 @@ class Writer:
     def refused(self) -> int:
         """Records for which there was no room."""
         return self._journal.refused
+
+    @property
+    def closed(self) -> bool:
+        """True once no more records are taken."""
+        return self._closed
 
     @property
     def state(self) -> State:

@@ -15,14 +15,15 @@ from typing import Any, NamedTuple
 from ranklog import wire
 from ranklog.errors import FormatError, ProtocolError
 from ranklog.failpoint import failpoint
-from ranklog.frame import HEADER, body_at, encode_gap
+from ranklog.frame import HEADER, body_at, encode_gap, spans
 from ranklog.start import decode_start
 from ranklog.wire import Code, Type
-from ranklogd.sequence import Verdict, Welcome, Writers, WriterState
+from ranklogd.sequence import GAP_MAX, Verdict, Writers, WriterState
 from ranklogd.wal.log import Full, Wal, WalBatch
 
 COMMIT_SIZE = 8 << 20
 """Pending bytes at which a commit does not wait for its interval."""
+FRAME_SIZE_MIN = HEADER.size + 6  # An array of five one-byte fields.
 
 
 class Peer(NamedTuple):
@@ -52,7 +53,7 @@ class Ingest:
     """Writers, their order and the WAL. Owned by the server loop."""
 
     def __init__(
-        self, wal: Wal, writers: Writers, offer: Offer, *, writers_max: int, full_reason: Callable[[], str]
+        self, wal: Wal, writers: Writers, offer: Offer, *, writers_max: int, full_reason: Callable[[int], str]
     ) -> None:
         self.wal = wal
         self.writers = writers
@@ -61,9 +62,12 @@ class Ingest:
         self.records = 0
         """Records appended since the start."""
         self.duplicates = 0
+        self.full_reason = full_reason
+        """Why no records of that uid can be taken now; empty while they can."""
+        self.met_full = ""
+        """What the last commit said if there was no room for it, else empty."""
         self._offer = offer
         self._writers_max = writers_max
-        self._full_reason = full_reason
         self._unacked: dict[bytes, set[bytes]] = {}
         """Writers with something to acknowledge at the next commit, and to whom."""
         self._touched: set[WriterState] = set()
@@ -86,7 +90,8 @@ class Ingest:
     def _hello(self, peer: Peer, fields: list[Any], body: bytes, now_ns: int) -> list[Reply]:
         low, high, writer, base = fields
         if high < wire.VERSION_MIN or low > wire.VERSION:
-            text = f"client speaks protocol {low}..{high}, this daemon {wire.VERSION_MIN}..{wire.VERSION}: upgrade the older of the two"
+            ours = f"{wire.VERSION_MIN}..{wire.VERSION}"
+            text = f"client speaks protocol {low}..{high}, this daemon {ours}: upgrade the older of the two"
             return [self._refuse(peer, writer, Code.VERSION, text)]
         try:
             frame = body_at(memoryview(body), 0)
@@ -95,31 +100,35 @@ class Ingest:
             start = decode_start(frame)
         except FormatError as exc:
             return [self._refuse(peer, writer, Code.MALFORMED, str(exc))]
-        if bytes.fromhex(start.writer) != writer or base < 0:
-            return [
-                self._refuse(peer, writer, Code.MALFORMED, "HELLO and start frame name different writers, or base < 0")
-            ]
-        if self.writers.get(writer) is None and len(self.writers) >= self._writers_max:
+        if bytes.fromhex(start.writer) != writer:
+            return [self._refuse(peer, writer, Code.MALFORMED, "HELLO and its start frame name different writers")]
+        known = self.writers.get(writer)
+        if known is not None and base - known.next_seq > GAP_MAX:
+            text = f"the writer claims to have lost {base - known.next_seq} records; {GAP_MAX} are possible"
+            return [self._refuse(peer, writer, Code.MALFORMED, text)]
+        if known is None and not self._has_room():
             text = f"this daemon knows {len(self.writers)} writers already (writers_max)"
             return [self._refuse(peer, writer, Code.FULL, text, retryable=True)]
         welcome = self.writers.hello(peer.uid, start, body, base)
         if welcome is None:
             return [self._refuse(peer, writer, Code.FOREIGN, "this writer belongs to another user")]
-        self.lose(welcome, now_ns)
-        answer = wire.encode(Type.WELCOME, wire.VERSION, writer, welcome.expected, *self._offer, wire.CREDIT)
+        self.lose(welcome.state, now_ns)
+        version = min(high, wire.VERSION)
+        answer = wire.encode(Type.WELCOME, version, writer, welcome.expected, *self._offer, wire.CREDIT)
         return [Reply(peer.identity, answer)]
 
-    def lose(self, welcome: Welcome, now_ns: int) -> None:
-        """Record as a gap what a writer does not hold any more and this daemon never got."""
-        if welcome.lost is not None:
-            first, last = welcome.lost
-            self.append(
-                welcome.state,
-                first,
-                last - first + 1,
-                encode_gap(first, last, "lost before the daemon", now_ns),
-                now_ns,
-            )
+    def _has_room(self) -> bool:
+        """Return whether one more writer can be known."""
+        if len(self.writers) >= self._writers_max:
+            self.writers.drop_greeted()
+        return len(self.writers) < self._writers_max
+
+    def lose(self, state: WriterState, now_ns: int) -> None:
+        """Record as a gap what a writer does not hold any more and this daemon never got, if there is any."""
+        if state.lost is not None:
+            first, last = state.lost
+            gap = encode_gap(first, last, "lost before the daemon", now_ns)
+            self.append(state, first, last - first + 1, gap, now_ns)
 
     def _batch(self, peer: Peer, fields: list[Any], body: bytes, now_ns: int) -> list[Reply]:
         failpoint("recv.after")
@@ -133,22 +142,24 @@ class Ingest:
         assert state is not None
         if verdict == Verdict.DUPLICATE:
             self.duplicates += 1
+            if state not in self._touched:
+                return self._acks({writer: {peer.identity}})
             self._unacked.setdefault(writer, set()).add(peer.identity)
-            return [] if state in self._touched else self._acks({writer: {peer.identity}})
-        if verdict == Verdict.JUMP:
-            return [self._refuse(peer, writer, Code.SEQUENCE, "out of order", retryable=True, expected=state.next_seq)]
-        # The smallest frame has 8 + 7 bytes, but one gap frame may stand for any number of seqs.
-        if not body or not 0 < count < 1 << 32 or len(body) < HEADER.size + 5:
-            return [self._refuse(peer, writer, Code.MALFORMED, f"BATCH of {count} records in {len(body)} bytes")]
-        if zlib.crc32(body) != crc:
-            return [
-                self._refuse(
-                    peer, writer, Code.DAMAGED, "checksum of the batch", retryable=True, expected=state.next_seq
-                )
-            ]
-        reason = self._full_reason()
+            return []
+        reason = self.full_reason(peer.uid)
         if reason:
             return [self._refuse(peer, writer, Code.FULL, reason, retryable=True)]
+        if verdict == Verdict.JUMP and first_seq == state.base:
+            self.lose(state, now_ns)  # Recorded at HELLO, but there was no room for it.
+            verdict = self.writers.judge(writer, peer.uid, first_seq, count)
+        if verdict == Verdict.JUMP:
+            return [self._refuse(peer, writer, Code.SEQUENCE, "out of order", retryable=True, expected=state.next_seq)]
+        if zlib.crc32(body) != crc:
+            text = "checksum of the batch"
+            return [self._refuse(peer, writer, Code.DAMAGED, text, retryable=True, expected=state.next_seq)]
+        # One gap frame may stand for any number of seqs. Only then is it worth looking at the frames.
+        if not count or (count > len(body) // FRAME_SIZE_MIN and not _covers(body, count)):
+            return [self._refuse(peer, writer, Code.MALFORMED, f"BATCH of {count} records in {len(body)} bytes")]
         self.append(state, first_seq, count, body, now_ns, ending=last)
         self._unacked.setdefault(writer, set()).add(peer.identity)
         return []
@@ -178,9 +189,11 @@ class Ingest:
         """Make everything appended durable; return the acks, or refusals if the disk is full. Raises OSError: exit then."""
         touched, unacked = self._touched, self._unacked
         self._touched, self._unacked = set(), {}
+        self.met_full = ""
         try:
             self.wal.commit()
         except Full as exc:
+            self.met_full = str(exc)
             self.writers.revert(touched)
             return [
                 self._refuse(Peer(identity, -1), writer, Code.FULL, str(exc), retryable=True)
@@ -205,3 +218,11 @@ class Ingest:
     ) -> Reply:
         self.refused[code.name.lower()] += 1
         return Reply(peer.identity, wire.encode(Type.REFUSE, writer, code, text, retryable, expected))
+
+
+def _covers(body: bytes, count: int) -> bool:
+    """Return whether these frames stand for `count` seqs, through gap frames."""
+    end = seqs = 0
+    for span in spans(memoryview(body)):
+        end, seqs = span.end, seqs + span.last - span.first + 1
+    return end == len(body) and seqs == count <= GAP_MAX

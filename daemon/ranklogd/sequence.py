@@ -5,10 +5,15 @@
 
 A batch is appended only if it starts at the writer's next seq. An older one was appended before and is only
 acknowledged again; a jump is answered with the expected seq, so that a cumulative ack never confirms what was lost
-on the way. The first uid that names a writer owns it.
+on the way. What a writer does not hold any more (below its `base`) is recorded as a gap, never asked for. The first
+uid that names a writer owns it.
+
+A writer that only said HELLO is not kept: it is in no segment header and the first to go when there is no room, for
+all it takes to come back is another HELLO.
 """
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -16,6 +21,10 @@ from typing import NamedTuple
 
 from ranklog.start import Start
 from ranklogd.wal.segment import WriterMark
+
+
+GAP_MAX = 1 << 31
+"""Seqs that one gap may stand for: more than any outage, and few enough that nobody can use up the lsns."""
 
 
 class Verdict(Enum):
@@ -41,6 +50,12 @@ class WriterState:
     run_key: bytes
     ended_s: int = 0
     start_ns: int = 0
+    base: int = 0
+    """The oldest seq its owner still held when it last said so."""
+    began: int = 0
+    """The seq from which on this daemon knows it; the one before that was somebody else's business."""
+    moved_s: int = 0
+    """When it last brought something, or was first looked at by `forget`; 0: neither yet."""
     start: Start | None = None
     """None until the writer says HELLO to this process of the daemon, or its files are adopted."""
     start_frame: bytes = b""
@@ -49,25 +64,39 @@ class WriterState:
     finished: bool = False
     """Its end record is durable."""
 
+    @property
+    def kept(self) -> bool:
+        """Whether anything of it is in the WAL, or on its way."""
+        return self.next_seq > self.began
+
+    @property
+    def lost(self) -> tuple[int, int] | None:
+        """Seqs that can never come any more and are not recorded as a gap yet."""
+        return (self.next_seq, self.base - 1) if self.base > self.next_seq else None
+
 
 class Welcome(NamedTuple):
-    """The answer to a HELLO: go on from `expected`. Seqs in `lost` can never come any more."""
+    """The answer to a HELLO: go on from `expected`."""
 
     state: WriterState
     expected: int
-    lost: tuple[int, int] | None
 
 
 class Writers:
     """Every writer whose dedup state is still needed."""
 
     def __init__(self, marks: Iterable[WriterMark] = ()) -> None:
-        self._states = {
-            m.writer: WriterState(
-                m.writer, m.uid, m.last_seq + 1, m.last_seq, m.attempt, m.run_key, m.ended_s, m.start_ns
+        self._states: dict[bytes, WriterState] = {}
+        self._ranks: dict[bytes, list[WriterState]] = defaultdict(list)
+        """By run key: the attempts of one rank."""
+        for m in marks:
+            self._add(
+                WriterState(m.writer, m.uid, m.last_seq + 1, m.last_seq, m.attempt, m.run_key, m.ended_s, m.start_ns)
             )
-            for m in marks
-        }
+
+    def _add(self, state: WriterState) -> None:
+        self._states[state.writer] = state
+        self._ranks[state.run_key].append(state)
 
     def __len__(self) -> int:
         return len(self._states)
@@ -80,19 +109,23 @@ class Writers:
         return self._states.get(writer)
 
     def hello(self, uid: int, start: Start, start_frame: bytes, base: int) -> Welcome | None:
-        """Take note of a writer whose oldest held seq is `base`; None if it belongs to another uid."""
+        """Take note of a writer whose oldest held seq is `base`; None if it belongs to another uid.
+
+        The caller records the state's `lost` seqs as a gap before anything else of the writer.
+        """
         writer = bytes.fromhex(start.writer)
         state = self._states.get(writer)
         if state is None:
             # Seqs below the base of a writer nobody here knows were taken by another daemon: not lost.
             key = run_key(start)
-            state = WriterState(writer, uid, base, base - 1, self._attempt(start, key), key, 0, start.wall_ns)
-            self._states[writer] = state
+            attempt = self._attempt(start, key)
+            state = WriterState(writer, uid, base, base - 1, attempt, key, 0, start.wall_ns, began=base)
+            self._add(state)
         if state.uid != uid:
             return None
         state.start, state.start_frame = start, start_frame
-        lost = (state.next_seq, base - 1) if base > state.next_seq else None
-        return Welcome(state, max(state.next_seq, base), lost)
+        state.base = max(state.base, base)
+        return Welcome(state, max(state.next_seq, state.base))
 
     def _attempt(self, start: Start, key: bytes) -> int:
         """Count restarts of that run and rank which the environment may not know of."""
@@ -100,7 +133,7 @@ class Writers:
             # A forked worker is not a restart of the rank it was forked from.
             parent = self._states.get(bytes.fromhex(start.parent)) if _is_hex(start.parent) else None
             return max(start.attempt, parent.attempt if parent else 0)
-        earlier = [s.attempt for s in self._states.values() if s.run_key == key and s.start_ns < start.wall_ns]
+        earlier = [s.attempt for s in self._ranks.get(key, ()) if s.start_ns < start.wall_ns]
         return max(start.attempt, max(earlier) + 1 if earlier else 0)
 
     def judge(self, writer: bytes, uid: int, first_seq: int, count: int) -> Verdict:
@@ -118,6 +151,7 @@ class Writers:
         """Everything received of these writers is durable now."""
         for state in touched:
             state.durable = state.next_seq - 1
+            state.moved_s = now_s
             if state.ending:
                 state.ended_s, state.finished = now_s, True
 
@@ -128,18 +162,37 @@ class Writers:
             state.ending = False
 
     def marks(self) -> tuple[WriterMark, ...]:
-        """Return the durable state of every writer, for a segment header."""
+        """Return the durable state of every writer that has any, for a segment header."""
         return tuple(
             WriterMark(s.uid, s.writer, s.durable, s.attempt, s.run_key, s.ended_s, s.start_ns)
             for s in self._states.values()
+            if s.durable >= s.began
         )
 
     def forget(self, now_s: int, keep_s: float, held: set[bytes]) -> int:
-        """Drop writers that ended `keep_s` ago and have no file left (`held`); return how many."""
-        old = [w for w, s in self._states.items() if s.ended_s and now_s - s.ended_s > keep_s and w not in held]
-        for writer in old:
-            del self._states[writer]
+        """Drop writers that ended, or fell silent, `keep_s` ago and have no file left (`held`); return how many.
+
+        Silence counts because the end of a writer in another container may never be seen. One that speaks again only
+        has to say HELLO again.
+        """
+        old = []
+        for state in self._states.values():
+            state.moved_s = state.moved_s or now_s
+            if now_s - (state.ended_s or state.moved_s) > keep_s and state.writer not in held:
+                old.append(state)
+        self._drop(old)
         return len(old)
+
+    def drop_greeted(self) -> None:
+        """Make room: drop every writer that said HELLO and brought nothing yet."""
+        self._drop([state for state in self._states.values() if not state.kept])
+
+    def _drop(self, states: list[WriterState]) -> None:
+        for state in states:
+            del self._states[state.writer]
+            self._ranks[state.run_key].remove(state)
+            if not self._ranks[state.run_key]:
+                del self._ranks[state.run_key]
 
 
 def run_key(start: Start) -> bytes:

@@ -5,6 +5,7 @@ import pytest
 from ranklog.frame import Kind
 from ranklogd.ship.convert import convert_segment
 from ranklogd.ship.quarantine import discard_segment, quarantine_segment
+from ranklogd.ship.walk import Walk
 from ranklogd.statedir import StateDir
 from ranklogd.wal.segment import decode_header, scan
 from segments import SegmentBuilder, frame, make_state, read_rows, start_of, writer_id
@@ -48,16 +49,23 @@ def test_a_bad_frame_leaves_an_excerpt_with_its_batch_its_writer_and_the_reason(
     assert [bytes(entry.payload[:16]).hex() for entry in scan(buffer, header.salt, offset, 1)] == [B, B]
 
 
-def test_an_excerpt_moved_back_to_the_wal_is_converted_like_any_segment(state: StateDir):
+def test_an_excerpt_explains_itself_as_any_segment_does(state: StateDir):
     path = with_a_bad_frame().seal(state)
     convert_segment(path, state)
-    (state.outbox / path.name).rename(state.root / "uploaded")
-    (state.quarantine / f"{path.name}.excerpt").rename(path)
-    assert convert_segment(path, state).records == 2
-    assert [(row["writer"], row["seq"], row["kind"]) for row in read_rows(state.outbox)] == [
-        (B, 2, "gap"),
-        (B, 1, "metrics"),
-    ]
+    buffer = memoryview((state.quarantine / f"{path.name}.excerpt").read_bytes())
+    header, offset = decode_header(buffer)
+    portions = list(Walk(buffer, header, 4, 100).portions(offset))
+    assert [record.seq for portion in portions for record in portion.records] == [1, 2]
+    assert {portion.source.writer for portion in portions} == {B}
+
+
+def test_a_whole_segment_moved_back_to_the_wal_is_converted_again(state: StateDir):
+    path = with_a_bad_frame().seal(state)
+    quarantine_segment(path, state, "a bug, mended since")
+    (state.quarantine / path.name).rename(path)
+    assert convert_segment(path, state).records == 4
+    assert len(read_rows(state.outbox)) == 4
+    assert not (state.quarantine / f"{path.name}.reason").exists()
 
 
 def test_a_damaged_segment_is_kept_whole_and_takes_no_second_place_on_the_disk(state: StateDir):

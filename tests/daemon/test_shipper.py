@@ -258,13 +258,14 @@ def test_a_newly_sealed_segment_wakes_it_without_a_rescan(place):
         for number in range(3):
             place.seal(number)
             wait_for(lambda shards=2 * number + 2: len(place.shards()) == shards, "its shards are there", 20)
+            wait_for(lambda shards=2 * number + 2: place.report()["uploaded_shards"] == shards, "and are reported", 20)
 
 
 def test_sigterm_drains_what_is_sealed_first(place):
     place.store.write_text("in the way")
     for number in range(5):
         place.seal(number)
-    with place.shipper(place.config(retry_base_s=60, retry_max_s=60, stop_deadline_s=30)) as process:
+    with place.shipper(place.config(retry_base_s=3600, retry_max_s=3600, stop_deadline_s=30)) as process:
         wait_for(lambda: place.report().get("last_error_class") == "transient", "an upload has failed")
         place.store.unlink()
         process.send_signal(signal.SIGTERM)

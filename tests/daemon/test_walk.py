@@ -85,6 +85,26 @@ def test_entries_beyond_the_last_lsn_of_the_name_do_not_count():
             assert walked.evidence.reasons_count > 0
 
 
+def test_an_entry_beyond_the_last_lsn_does_not_count_where_the_last_ones_are_damaged_either():
+    segment = small_segment()
+    data = bytearray(segment.data)
+    place = data.index(metrics(8, 2))
+    data[place - 60 : place + len(metrics(8, 2))] = bytes(60 + len(metrics(8, 2)))
+    found, _ = walk(bytes(data), f"{100:016x}-{106:016x}.wal")
+    assert [(row.writer, row.first, row.last) for row in found][5:] == [(bytes(16).hex(), 105, 106)]
+
+
+def test_records_among_damaged_bytes_are_not_taken_where_no_lsn_is_missing():
+    segment = small_segment()
+    whole = bytes(segment.data)
+    place = whole.index(metrics(8, 2)) - 68  # Where the entry of A's second batch begins.
+    stale = bytearray(whole[place : place + 68 + len(metrics(8, 2))])
+    stale[4] ^= 1
+    found, walked = walk(whole[:place] + bytes(stale) + whole[place:], segment.name)
+    assert [row.lsn for row in found] == list(range(100, 109))
+    assert walked.evidence.damaged_stretches == 1
+
+
 def test_garbage_behind_the_last_lsn_is_no_damage():
     segment = small_segment()
     found, walked = walk(bytes(segment.data) + b"\xff" * 500 + bytes(segment.data[-200:]), segment.name)

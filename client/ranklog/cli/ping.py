@@ -23,7 +23,8 @@ def run(args: argparse.Namespace) -> int:
     pong = control.ping(settings_of(args), timeout_of(args))
     if args.json:
         print_json({
-            "version": pong.version, "pid": pong.pid, "socket": str(pong.socket), "took_ms": round(pong.took_s * 1000, 2),
+            "version": pong.version, "pid": pong.pid, "socket": str(pong.socket),
+            "took_ms": round(pong.took_s * 1000, 2),
         })  # fmt: skip
     else:
         print(f"ranklogd {pong.version} (pid {pong.pid}) answers on {pong.socket} after {pong.took_s * 1000:.1f} ms")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ranklog.cli.ls import add_store_arguments
-from ranklog.cli.output import Look, arrow_rows, cell, csv_value, json_value, lay_out
+from ranklog.cli.output import Look, arrow_rows, cell, csv_column, json_value, lay_out
 from ranklog.errors import RanklogError, UsageError
 from ranklog.reader import default_url
 from ranklog.reader.pending import warn_pending
@@ -93,7 +93,7 @@ def _print_csv(schema: Any, batches: Iterator[Any], _rows_max: int) -> None:
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(schema.names)
     for batch in batches:
-        writer.writerows([[csv_value(value) for value in row] for row in arrow_rows(batch)])
+        writer.writerows(zip(*map(csv_column, batch.columns), strict=True))
 
 
 def _print_json(schema: Any, batches: Iterator[Any], _rows_max: int) -> None:

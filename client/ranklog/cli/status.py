@@ -183,25 +183,21 @@ def problems(snapshot: Snapshot) -> list[str]:
     if snapshot["poisoned_segments"]:
         count = _count(snapshot["poisoned_segments"], "WAL segment")
         found.append(
-            f"{count} had an fsync error and was replaced; nothing acknowledged is lost, but check the disk of {state_dir}"
+            f"{count} replaced after an fsync error: nothing acknowledged is lost, but check the disk of {state_dir}"
         )
     if upload := why_not_uploaded(snapshot):
         found.append(f"{upload}. Everything waits on this node's disk")
-    if shipper.get("dead_letters"):
-        found.append(
-            f"{_count(shipper['dead_letters'], 'shard')} refused by the store for good; kept, with the reasons, in {state_dir}/deadletter"
-        )
-    if shipper.get("quarantined_records") or shipper.get("damaged_stretches"):
-        records, stretches = shipper.get("quarantined_records", 0), shipper.get("damaged_stretches", 0)
-        found.append(
-            f"{_count(records, 'unreadable record')} and {_count(stretches, 'damaged stretch', 'damaged stretches')} so far: "
-            f"gaps in the data; the bytes and reasons are in {state_dir}/quarantine"
-        )
+    if dead := shipper.get("dead_letters"):
+        shards = _count(dead, "shard")
+        found.append(f"{shards} refused by the store for good: kept, with reasons, in {state_dir}/deadletter")
+    records, stretches = shipper.get("quarantined_records", 0), shipper.get("damaged_stretches", 0)
+    if records or stretches:
+        damage = f"{_count(records, 'unreadable record')}, {_count(stretches, 'damaged stretch', 'damaged stretches')}"
+        found.append(f"{damage}: gaps in the data; the bytes and reasons are in {state_dir}/quarantine")
     wrong = {code: count for code, count in snapshot["refused"].items() if code in _WRONG}
     if wrong:
-        found.append(
-            f"refused messages: {', '.join(f'{count:,} {code}' for code, count in sorted(wrong.items()))}; the writers keep their records"
-        )
+        refused = ", ".join(f"{count:,} {code}" for code, count in sorted(wrong.items()))
+        found.append(f"refused messages: {refused}. Their writers keep the records")
     files = list(snapshot["adoption_refused"].items())
     found += [f"left alone: {path} ({reason})" for path, reason in files[:REFUSED_FILES_SHOWN]]
     if len(files) > REFUSED_FILES_SHOWN:
@@ -224,7 +220,7 @@ def why_not_uploaded(snapshot: Snapshot) -> str:
 
 
 def age(seconds: float) -> str:
-    """Return a duration in its two largest units: `3 h 12 m`, `41 s`; below ten seconds with a digit behind the point."""
+    """Return a duration in its two largest units: `3 h 12 m`, `41 s`; below ten seconds with one decimal."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     whole = int(seconds)

@@ -18,7 +18,7 @@ def fetch_table(con: duckdb.DuckDBPyConnection, statement: str) -> pa.Table:
     """Return a statement's rows, none for a statement without a result; raises duckdb.Error."""
 
     def work() -> pa.Table:
-        relation = con.sql(statement)
+        relation: Any = con.sql(statement)
         return pa.table({}) if relation is None else relation.to_arrow_table()
 
     with ThreadPoolExecutor(1) as pool:
@@ -33,7 +33,7 @@ def fetch_batches(con: duckdb.DuckDBPyConnection, statement: str, batch_rows: in
     """
 
     def begin() -> Any:
-        relation = con.sql(statement)
+        relation: Any = con.sql(statement)
         if relation is None:
             return None
         # DuckDB before 1.5 has the second name only.

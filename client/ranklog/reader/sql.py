@@ -25,7 +25,8 @@ from ranklog.reader.runs import find_shards
 from ranklog.schema import SCHEMA
 from ranklog.stores import Store, open_store
 
-METRICS_COLUMNS = ("project", "run", "rank", "node", "attempt", "step", "ts", "key", "value", "text", "seq", "writer")
+METRICS_COLUMNS = ("run", "rank", "step", "key", "value", "text", "ts", "project", "node", "attempt", "seq", "writer")
+"""What people look for first stands first: a narrow terminal has no room for the rest."""
 
 _TYPES = {
     "string": "VARCHAR",

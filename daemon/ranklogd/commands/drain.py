@@ -78,7 +78,9 @@ class _Asking(threading.Thread):
             self.answer = None
 
 
-def drain(launcher: Launcher, *, timeout_s: float, pause: Pause, progress: Progress, since_start: bool = False) -> Drained:
+def drain(
+    launcher: Launcher, *, timeout_s: float, pause: Pause, progress: Progress, since_start: bool = False
+) -> Drained:
     """Bring everything in, within `timeout_s` or until `pause` calls it off; never raises for what the daemon does.
 
     `since_start`: count what the daemon did before this call, too, for it was started for nothing else.
@@ -106,6 +108,8 @@ def drain(launcher: Launcher, *, timeout_s: float, pause: Pause, progress: Progr
     after = snapshot(settings)
     pending = _waiting(after)
     reason = "" if done else why_pending(after) or stopped_by
+    if not after and launcher.started:
+        reason += f"; see {launcher.log_path}"
     uploaded = max(0, _mark(after, "uploaded") - uploaded_before)
     return Drained(done, pending, max(0, after.get("adopted", 0) - adopted_before), uploaded, reason)
 

@@ -43,8 +43,9 @@ PING_TIMEOUT_S = 2.0
 RESTART_PAUSE_S_MAX = 60.0
 START_TIMEOUT_S = 30.0
 """For recovery and Python's imports on a slow disk, beyond the wait for the state directory's lock."""
+DRAIN_S_MIN = 1.0
 STOP_GRACE_S = 5.0
-"""What a daemon always gets to stop in: what is not uploaded then is safe on disk."""
+"""What a daemon gets to stop in once it must not upload any longer: what is left is safe on disk."""
 _LOG_TAIL_SIZE = 4096
 _LOG_TAIL_LINES = 8
 
@@ -128,7 +129,8 @@ class Launcher:
             except BlockingIOError as exc:
                 # The last user of a daemon stops it right now, and may have a lot to upload.
                 if time.monotonic() > deadline_s:
-                    raise CannotStart(f"another ranklog command has been stopping the daemon of {self.config.socket} for too long. Try again") from exc
+                    text = f"another ranklog command has been stopping the daemon of {self.config.socket} for too long"
+                    raise CannotStart(f"{text}. Try again") from exc
                 self._wait()
             else:
                 return
@@ -226,7 +228,8 @@ class Launcher:
         if starter is None or not ours or starter.start != process_start(starter.pid):
             return
         # The first signal asks for a drain, the second for an exit at once.
-        for number, wait_s in ((signal.SIGTERM, max(timeout_s, STOP_GRACE_S)), (signal.SIGTERM, STOP_GRACE_S), (signal.SIGKILL, STOP_GRACE_S)):
+        waits_s = (max(timeout_s, DRAIN_S_MIN), STOP_GRACE_S, STOP_GRACE_S)
+        for number, wait_s in zip((signal.SIGTERM, signal.SIGTERM, signal.SIGKILL), waits_s, strict=True):
             try:
                 os.kill(starter.pid, number)
             except ProcessLookupError:

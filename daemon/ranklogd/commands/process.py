@@ -62,8 +62,9 @@ class Children:
             actions.append((os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0))
             actions += [(os.POSIX_SPAWN_DUP2, output_fd, 1), (os.POSIX_SPAWN_DUP2, output_fd, 2)]
         pid = os.posix_spawnp(
-            command[0], command, env, file_actions=actions, setpgroup=0, setsigmask=(), setsigdef=_IGNORED_BY_PYTHON
-        )
+            command[0], list(command), env,
+            file_actions=actions, setpgroup=0, setsigmask=(), setsigdef=_IGNORED_BY_PYTHON,
+        )  # fmt: skip
         child = self._own[pid] = Child(pid)
         return child
 

@@ -131,7 +131,7 @@ def agree(launcher: Launcher) -> str:
         if status and status[name] != wanted[name]:
             flag = f"--{name.replace('_', '-')}"
             raise CannotStart(
-                f"the daemon on {status['socket']} (pid {status['pid']}) uses {status[name]}, not {flag} {wanted[name]}. "
+                f"the daemon on {status['socket']} (pid {status['pid']}) uses {status[name]}, not {wanted[name]}. "
                 f"Leave {flag} out to join it, or give --runtime-dir and --state-dir for a daemon of your own"
             )
     return str(status.get("to", launcher.config.to))
@@ -182,9 +182,8 @@ class _Job:
         env["RANKLOG_AUTOSTART"] = "0"  # This process sees to the daemon.
         if settings.runtime_dir_given or self._launcher.at_home:
             env["RANKLOG_RUNTIME_DIR"] = str(settings.runtime_dir)
-            for name, path in (("RANKLOG_JOURNAL_DIR", settings.journal_dir), ("RANKLOG_SPOOL_DIR", settings.spool_dir)):
-                if path is not None:
-                    env[name] = str(path)
+            dirs = {"RANKLOG_JOURNAL_DIR": settings.journal_dir, "RANKLOG_SPOOL_DIR": settings.spool_dir}
+            env |= {name: str(path) for name, path in dirs.items() if path is not None}
         return env
 
 

@@ -64,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _tell(result: Drained, launcher: Launcher, to: str, still: int, refused: dict[str, str]) -> None:
     if result.adopted or result.uploaded:
-        print(f"{_count(result.adopted, 'writer')} brought in, {_count(result.uploaded, 'record')} uploaded to {to}")
+        writers = f"{_count(result.adopted, 'writer')} brought in, " if result.adopted else ""
+        print(f"{writers}{_count(result.uploaded, 'record')} uploaded to {to}")
     elif result.done and not still:
         print(f"Nothing was waiting: everything is in {to}")
     sys.stdout.flush()

@@ -5,8 +5,9 @@
     quarantine/<segment>.excerpt            a segment with only the entries that hold bad frames, and their writers
     quarantine/<segment>.excerpt.reason     a line for each: writer, seq, lsn, records lost, reason
 
-Both originals are segments: after whatever was wrong is mended (a newer ranklog, say), one that is moved back to
-`wal/` under its own name is converted again.
+Both originals are segments. A whole one that is moved back to `wal/` under its own name is converted again, by a newer
+ranklog perhaps. An excerpt is not, for its lsns lie within those of shards that exist, and a reader ignores a shard
+within another's range: its records must come in through the WAL once more, with fresh lsns.
 
 A whole segment is moved here, not copied, in the place of being unlinked after its shards are committed: that takes
 no room on a disk that may be full. The `.reason` is published before that and says which of the two is due, so a

@@ -9,8 +9,13 @@ could forget the lsn, or what was acknowledged.
 A write that fails (ENOSPC) is cut off again and the pending batches are handed back: `Full`. An fdatasync that fails
 poisons the segment: it is never synced again, for a retry lies. It counts only up to its last durable lsn (its sealed
 name says so), and what was pending is written to a new segment. If that fails too, the error propagates: exit, no ack.
+
+From the moment B has its name, A ends where B begins: that is what a recovery reads from the two names. So any error
+behind that point propagates too, for nothing may be appended to A any more.
 """
 
+import contextlib
+import logging
 import os
 import secrets
 from collections.abc import Callable, Iterable
@@ -24,11 +29,17 @@ from ranklogd.sequence import WriterState
 from ranklogd.wal import segment
 from ranklogd.wal.segment import EntryType, SegmentHeader, WriterMark
 
+log = logging.getLogger("ranklogd")
+
 IOV_MAX = 512  # Buffers of one writev; Linux allows 1024.
 
 
 class Full(Exception):
     """There is no room for the pending batches; none of them was kept."""
+
+
+class NoSegment(OSError):
+    """A new segment could not be created. Nothing has changed: the open one can still be written."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +167,10 @@ class Wal:
     def _replace_poisoned(self) -> None:
         self.poisoned += 1
         pending, old, old_first, durable = self._pending, self._fd, self._first_lsn, self.durable_lsn
+        log.error("segment_poisoned first_lsn=%d: fdatasync failed; written again to a new segment", old_first)
+        with contextlib.suppress(OSError):
+            # The kernel calls these pages clean now. Should all else fail, no recovery must find them and believe it.
+            os.ftruncate(old, self._offset)
         self._open(durable + 1)
         end, introduced = self._write(pending)
         fs.sync_data(self._fd)
@@ -165,7 +180,10 @@ class Wal:
         self._retire(old_first, durable)
 
     def roll(self) -> bool:
-        """Seal the open segment and go on in a new one; False if it is empty. Raises OSError, the old one stays open."""
+        """Seal the open segment and go on in a new one; False if it is empty.
+
+        Raises NoSegment (the old one stays open) or another OSError (the caller must exit).
+        """
         assert not self._pending, "roll between commits only"
         if not self._synced_count:
             return False
@@ -187,7 +205,7 @@ class Wal:
         failpoint("seg.dirsync.after")
 
     def _open(self, first_lsn: int) -> None:
-        """Create a segment and write into it from now on; raises OSError and changes nothing."""
+        """Create a segment and write into it from now on. Raises NoSegment or another OSError, see `roll`."""
         salt = secrets.randbits(32)
         head = segment.encode_header(
             SegmentHeader(
@@ -196,16 +214,20 @@ class Wal:
         )
         path = self._directory / segment.open_name(first_lsn)
         hidden = self._directory / f".{path.name}"
-        fd = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        fd = -1
         try:
+            fd = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             failpoint("seg.create.after")
             fs.write_all(fd, head, 0)
-            fs.publish(hidden, path)
-            failpoint("seg.header.after")
-        except OSError:
-            os.close(fd)
+            fs.sync_data(fd)
+        except OSError as exc:
+            if fd >= 0:
+                os.close(fd)
             fs.unlink(hidden)
-            raise
+            raise NoSegment(exc.errno, f"a new segment cannot be created: {exc.strerror}", str(path)) from exc
+        fs.rename(hidden, path)
+        fs.sync_dir(self._directory)
+        failpoint("seg.header.after")
         self._fd = fd
         self._first_lsn, self._salt, self._offset = first_lsn, salt, len(head)
         self._synced_count = 0

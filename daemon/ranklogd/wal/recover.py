@@ -4,6 +4,9 @@ An `.open` segment may have lost its tail or gained torn bytes; there can be two
 of a roll, and then the older counts only up to where the younger begins. What is left is sealed under the range that
 its valid entries cover, after its torn tail was cut off. Damage inside stays where it is: the shipper salvages around
 it and keeps the original.
+
+Only an `.open` segment knows which lsns were given out: where none can be read, the store gets a new id, and what was
+sealed before keeps the old one, which is in its own header.
 """
 
 import os
@@ -13,7 +16,7 @@ from pathlib import Path
 
 from ranklog import fs
 from ranklog.errors import FormatError
-from ranklog.frame import Kind, body_at, spans
+from ranklog.frame import HEADER, Kind, body_at, head
 from ranklog.start import decode_start
 from ranklogd.sequence import run_key
 from ranklogd.statedir import StateDir
@@ -30,6 +33,8 @@ class Recovered:
     marks: dict[bytes, WriterMark]
     leftovers: list[tuple[Path, int, int]] = field(default_factory=list)
     """(path, first lsn, last lsn); last < first: nothing in it."""
+    unreadable: list[tuple[Path, str]] = field(default_factory=list)
+    """Open segments without a sound header, and what is wrong with it."""
     notes: list[str] = field(default_factory=list)
     """What a person should know, one sentence each."""
 
@@ -46,10 +51,8 @@ def recover(state: StateDir, now_s: int) -> Recovered:
         limit = opens[index + 1][0] - 1 if index + 1 < len(opens) else None
         _read_open(found, path, first, limit, now_s)
     if not found.store_id:
-        found.store_id = _store_id_of_sealed(state, names) if not opens else ""
-    if not found.store_id:
-        # A wiped or foreign directory starts at lsn 1 again: a new id keeps its names from colliding with old ones.
-        found.store_id, found.next_lsn = secrets.token_hex(8), max(found.next_lsn, 1)
+        # Counting may begin again at lsn 1: a new id keeps the names of new shards from colliding with old ones.
+        found.store_id = secrets.token_hex(8)
     return found
 
 
@@ -60,16 +63,6 @@ def _after_names(state: StateDir, names: list[str]) -> int:
     return max([last + 1 for _, last in filter(None, ranges)], default=1)
 
 
-def _store_id_of_sealed(state: StateDir, names: list[str]) -> str:
-    for name in reversed(names):
-        if segment.parse_sealed(name):
-            try:
-                return segment.decode_header(memoryview((state.wal / name).read_bytes()))[0].store_id
-            except FormatError:
-                continue
-    return ""
-
-
 def _read_open(found: Recovered, path: Path, first: int, limit: int | None, now_s: int) -> None:
     buffer = memoryview(path.read_bytes())
     try:
@@ -77,8 +70,9 @@ def _read_open(found: Recovered, path: Path, first: int, limit: int | None, now_
     except FormatError as exc:
         if "upgrade ranklog" in str(exc):
             raise
-        found.notes.append(f"{path.name}: {exc}; set aside as evidence, its records are lost")
-        found.leftovers.append((path, first, -1))
+        found.notes.append(f"{path.name}: {exc}; it goes to quarantine/, and what was only in it is lost")
+        found.unreadable.append((path, str(exc)))
+        found.next_lsn = max(found.next_lsn, first + 1)  # The new segment must not take its name.
         return
     found.store_id = header.store_id
     found.marks = {mark.writer: mark for mark in header.writers}
@@ -91,6 +85,8 @@ def _read_open(found: Recovered, path: Path, first: int, limit: int | None, now_
             break
         last = max(last, _apply(found.marks, item, now_s))
         offset = item.end
+    if offset < len(buffer):
+        found.notes.append(f"{path.name}: cut {len(buffer) - offset} bytes at offset {offset} that were never acknowledged")
     _settle(path, offset)
     found.leftovers.append((path, first, last))
     found.next_lsn = max(found.next_lsn, last + 1, first)
@@ -106,9 +102,20 @@ def _apply(marks: dict[bytes, WriterMark], entry: Entry, now_s: int) -> int:
         return entry.lsn - 1
     writer, first_seq, count = segment.BATCH.unpack_from(entry.payload)
     mark = marks.get(writer) or WriterMark(entry.uid, writer, -1, 0, b"", 0)
-    ended = any(span.kind == Kind.END for span in spans(entry.payload, segment.BATCH.size))
+    ended = _ends(entry.payload[segment.BATCH.size :])
     marks[writer] = mark._replace(last_seq=first_seq + count - 1, ended_s=now_s if ended else mark.ended_s)
     return int(entry.lsn + count - 1)
+
+
+def _ends(frames: memoryview) -> bool:
+    """Return whether the last of these frames is an end record. The entry's checksum vouches for their sizes."""
+    offset, last = 0, -1
+    while offset + HEADER.size < len(frames):
+        last, offset = offset, offset + HEADER.size + HEADER.unpack_from(frames, offset)[1]
+    try:
+        return last >= 0 and head(frames[last + HEADER.size :])[0] == Kind.END
+    except FormatError:
+        return False
 
 
 def _origin(entry: Entry) -> tuple[bytes, int]:
@@ -142,8 +149,11 @@ def seal_leftovers(state: StateDir, found: Recovered, new_first: int) -> None:
             continue  # The new segment took its name.
         if last >= first:
             fs.rename(path, state.wal / segment.sealed_name(first, last))
-        elif last == -1:
-            fs.rename(path, state.quarantine / path.name)
         else:
             fs.unlink(path)
+    for path, reason in found.unreadable:
+        evidence = state.quarantine / f"{path.name}.{secrets.token_hex(4)}"
+        fs.rename(path, evidence)
+        evidence.with_name(f"{evidence.name}.reason").write_text(f"{reason}\n")
+        fs.sync_dir(state.quarantine)
     fs.sync_dir(state.wal)
