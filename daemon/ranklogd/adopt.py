@@ -2,74 +2,91 @@
 
     found ─▶ owner dead? ─▶ locked, rechecked ─▶ replayed into the WAL, piece by piece ─▶ durable ─▶ unlinked
 
-The owner is dead if its flock is free, or if its process is gone although somebody holds the lock: a forked worker
-inherits its parent's. Files are replayed in seq order from the first seq that the WAL does not have, so what lies in
-both journal and spool, or was acknowledged already, is taken once. A file is unlinked only after the commit that
-holds its last record. Hostile files (links, FIFOs, foreign content) are left alone and reported once.
+Files of one writer are replayed in seq order from the first seq that the WAL does not have, so what lies in both
+journal and spool, or was acknowledged already, is taken once. A file goes only after the commit that holds its last
+record; without room, files stay and a later scan goes on. A spool file whose frames end before the file does may hold
+more than could be read: it goes to quarantine/. Hostile files (links, FIFOs, foreign content; see `orphan`) are left
+alone and reported once; their neighbours are adopted.
 
 One piece at a time, driven by the server loop: a backlog of gigabytes neither delays an ack nor fills the memory.
 """
 
 import contextlib
+import logging
 import os
 import time
 from collections import defaultdict
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from ranklog import fs
-from ranklog.errors import FormatError
 from ranklog.failpoint import failpoint
-from ranklog.framefile import Contents, parse_name, read_head, read_pieces
-from ranklog.identity import boot_id, pid_namespace, process_start
+from ranklog.framefile import parse_name
 from ranklog.start import Start
 from ranklogd.ingest import Ingest
-from ranklogd.sequence import Welcome, WriterState
+from ranklogd.orphan import Orphan, Refused, behind, keep_evidence, open_orphan, pieces, remove_unborn
+from ranklogd.sequence import GAP_MAX, WriterState
 
+log = logging.getLogger("ranklogd")
 
-class _Orphan(NamedTuple):
-    """One locked file of a dead writer."""
-
-    path: Path
-    fd: int
-    uid: int
-    contents: Contents
+REFUSED_MAX = 1000  # Anybody can litter a directory; what is told about it has an end.
 
 
 class Adopter:
     """Finds and replays the files of dead writers. Owned by the server loop."""
 
-    def __init__(self, ingest: Ingest, directories: list[Path]) -> None:
+    def __init__(self, ingest: Ingest, directories: Callable[[], list[Path]], quarantine: Path) -> None:
+        self.directories: list[Path] = []
+        """Where the last scan looked."""
         self.adopted = 0
         """Writers whose files were taken over."""
+        self.quarantined = 0
+        """Spool files that could not be read to their end."""
         self.refused: dict[str, str] = {}
         """Path -> why it was left alone."""
         self.waiting_offline: set[str] = set()
         """Offline writers that `ranklog sync` would bring in."""
+        self.stuck: set[str] = set()
+        """Writers whose files stay for now: there is no room."""
         self.held: set[bytes] = set()
         """Writers that have a file in one of the directories."""
         self._ingest = ingest
-        self._directories = directories
+        self._find = directories
+        self._quarantine = quarantine
         self._queue: list[tuple[str, list[Path]]] = []
         self._current: Iterator[None] | None = None
         self._include_offline = False
+        self._spent: dict[str, int] = {}
+        """Path -> inode of files that are safe in the WAL and cannot be removed."""
 
     def scan(self, *, include_offline: bool = False) -> None:
         """Look for files again. With `include_offline`, this scan also takes writers in offline mode."""
         self._include_offline = self._include_offline or include_offline
+        self.directories = self._find()
         found: dict[str, list[Path]] = defaultdict(list)
-        for directory in self._directories:
+        complete = True
+        for directory in self.directories:
             try:
                 entries = sorted(os.listdir(directory))
-            except OSError:
+            except (FileNotFoundError, NotADirectoryError, PermissionError):
                 continue  # Not there yet, or not ours to read: nothing to adopt.
+            except OSError:
+                complete = False
+                continue
             for entry in entries:
                 name = parse_name(entry)
                 if name is not None:
                     found[name.writer].append(directory / entry)
-        self.held = {bytes.fromhex(writer) for writer in found}
+                elif entry.startswith(".") and parse_name(entry[1:]) is not None:
+                    with contextlib.suppress(OSError):
+                        remove_unborn(directory / entry, time.time())
+        held = {bytes.fromhex(writer) for writer in found}
+        self.held = held if complete else held | self.held
         self.waiting_offline &= set(found)
+        self.stuck &= set(found)
+        paths = {str(path) for group in found.values() for path in group}
+        self.refused = {path: why for path, why in self.refused.items() if path in paths}
+        self._spent = {path: inode for path, inode in self._spent.items() if path in paths}
         self._queue = sorted(found.items(), key=lambda item: _written_ns(item[1]))
 
     @property
@@ -78,126 +95,156 @@ class Adopter:
         return bool(self._queue) or self._current is not None
 
     def step(self) -> bool:
-        """Do one piece of work; False if there is none. Raises OSError only for the WAL."""
+        """Do one piece of work; False if there is none."""
         if self._current is None:
             if not self._queue:
                 self._include_offline = False
                 return False
             self._current = self._adopt(*self._queue.pop(0))
-        try:
-            next(self._current)
-        except StopIteration:
-            self._current = None
+        current, self._current = self._current, None
+        with contextlib.suppress(StopIteration):
+            next(current)
+            self._current = current
         return True
 
     def _adopt(self, writer: str, paths: list[Path]) -> Iterator[None]:
-        orphans: list[_Orphan] = []
+        known = self._ingest.writers.get(bytes.fromhex(writer))
+        uid = None if known is None else known.uid
+        orphans: list[Orphan] = []
         try:
             for path in paths:
-                if not self._open(path, writer, orphans):
+                try:
+                    orphan = open_orphan(path, writer)
+                except Refused as exc:
+                    self._refuse(path, str(exc))
+                    continue
+                if orphan is None:
+                    continue
+                orphans.append(orphan)
+                uid = orphan.uid if uid is None else uid
+                if orphan.uid == uid and orphan.alive:
                     return
-            if orphans and self._wanted(orphans[0].contents.start):
-                yield from self._replay(orphans)
+            yield from self._replay([orphan for orphan in orphans if self._is_due(orphan, uid)])
         finally:
             for orphan in orphans:
                 os.close(orphan.fd)
+
+    def _is_due(self, orphan: Orphan, uid: int | None) -> bool:
+        if orphan.uid != uid:
+            self._refuse(orphan.path, f"it belongs to user {orphan.uid}, its writer to user {uid}")
+            return False
+        return self._spent.get(str(orphan.path)) != os.fstat(orphan.fd).st_ino
 
     def _wanted(self, start: Start) -> bool:
         if start.mode == "offline" and not self._include_offline:
             self.waiting_offline.add(start.writer)
             return False
+        self.waiting_offline.discard(start.writer)
         return True
 
-    def _open(self, path: Path, writer: str, orphans: list[_Orphan]) -> bool:
-        """Open and lock a file of a dead owner, into `orphans`; False if the owner is alive.
-
-        A file that is refused or gone does not keep its neighbours from being adopted.
-        """
-        try:
-            fd = fs.open_untrusted(path)
-        except FileNotFoundError:
-            return True
-        except OSError as exc:
-            self.refused[str(path)] = exc.strerror or str(exc)
-            return True
-        alive = False
-        try:
-            info = os.fstat(fd)
-            free = fs.try_lock(fd)
-            contents = read_head(fd)
-            if contents.start.writer != writer:
-                raise FormatError(f"the file says writer {contents.start.writer}, its name says {writer}")
-            named = os.stat(path, follow_symlinks=False)
-            same = (named.st_ino, named.st_dev, named.st_nlink) == (info.st_ino, info.st_dev, 1)
-            alive = not free and not owner_gone(contents.start)
-            if same and not alive:
-                orphans.append(_Orphan(path, fd, info.st_uid, contents))
-                return True
-        except FileNotFoundError:
-            pass
-        except (FormatError, OSError) as exc:
-            self.refused[str(path)] = str(exc)
-        os.close(fd)
-        return not alive
-
-    def _replay(self, orphans: list[_Orphan]) -> Iterator[None]:
-        first = orphans[0]
-        orphans.sort(key=lambda orphan: (orphan.contents.first_seq, str(orphan.path)))
-        starts = [o.contents.first_seq for o in orphans if o.contents.first_seq >= 0]
-        base = min(starts, default=0)
-        base = 0 if base <= 1 else base  # The start frame at the head of the oldest file is record 0.
-        known = self._ingest.writers.get(bytes.fromhex(first.contents.start.writer))
-        if base == 0 and known is not None and not starts:
-            base = known.next_seq  # Empty files of a writer that is known: nothing is missing.
-        welcome = self._ingest.writers.hello(first.uid, first.contents.start, first.contents.start_frame, base)
-        if welcome is None:
-            self.refused[str(first.path)] = "its writer belongs to another user"
+    def _replay(self, orphans: list[Orphan]) -> Iterator[None]:
+        if not orphans or not self._wanted(orphans[0].start):
             return
-        state = welcome.state
-        self._ingest.lose(welcome, _now_ns())
-        for orphan in orphans:
-            if not (yield from self._replay_file(state, orphan)):
-                return  # The disk was full and the commit was undone: the files stay, a later scan tries again.
-        while state.durable < state.next_seq - 1:
-            yield  # Unlinked only after the commit that holds the last record.
+        state = self._greet(orphans)
+        if state is None:
+            return
+        self.stuck.add(orphans[0].start.writer)  # Until it is done.
+        ends: list[tuple[Orphan, int]] = []
+        finished = state.finished
+        for orphan in sorted(orphans, key=lambda orphan: (orphan.first_seq, str(orphan.path))):
+            try:
+                read = yield from self._replay_file(state, orphan)
+            except (Refused, OSError) as exc:
+                self._refuse(orphan.path, str(exc))
+                continue
+            if read is None:
+                return  # There was no room, or what was appended had to be taken back.
+            ends.append((orphan, read[0]))
+            finished = finished or read[1]
+        goal = state.next_seq
+        while state.durable < goal - 1:
+            if state.next_seq < goal:
+                return
+            yield
         failpoint("adopt.sync.after")
-        for orphan in orphans:
-            fs.unlink(orphan.path)
+        self._let_go(ends)
         failpoint("adopt.unlink.after")
-        for directory in {orphan.path.parent for orphan in orphans}:
-            fs.sync_dir(directory)
-        if not state.ended_s:
-            state.ended_s = _now_ns() // 1_000_000_000
+        state.finished = finished
+        state.ended_s = state.ended_s or int(time.time())
+        self.stuck.discard(orphans[0].start.writer)
         self.adopted += 1
 
-    def _replay_file(self, state: WriterState, orphan: _Orphan) -> Generator[None, None, bool]:
-        """Append what this file holds beyond the writer's last seq; False if a commit on the way had no room."""
-        contents = orphan.contents
-        whole = state.next_seq == 0 and contents.first_seq in (-1, 0, 1)
-        offset = 0 if whole else len(contents.start_frame)
-        for piece in read_pieces(orphan.fd, offset, state.next_seq):
-            if piece.next_seq <= state.next_seq:
-                continue
-            if piece.first_seq > state.next_seq:
-                self._ingest.lose(Welcome(state, piece.first_seq, (state.next_seq, piece.first_seq - 1)), _now_ns())
-            count = piece.next_seq - piece.first_seq
-            self._ingest.append(state, piece.first_seq, count, piece.frames, _now_ns())
-            failpoint("adopt.copy.after")
+    def _greet(self, orphans: list[Orphan]) -> WriterState | None:
+        """Make the writer known, as its HELLO would have; None if it cannot be taken now, or at all."""
+        start, uid = orphans[0].start, orphans[0].uid
+        writers = self._ingest.writers
+        known = writers.get(bytes.fromhex(start.writer))
+        if self._ingest.full_reason(uid) or (known is None and not self._ingest.has_room()):
+            self.stuck.add(start.writer)
+            return None
+        begins = [orphan.first_seq for orphan in orphans if orphan.first_seq >= 0]
+        base = min(begins, default=0 if known is None else known.next_seq)
+        if known is not None and base - known.next_seq > GAP_MAX:
+            self._refuse(orphans[0].path, f"it begins with record {base}, {known.next_seq} is due")
+            return None
+        # The start frame at the head of the oldest file is record 0.
+        welcome = writers.hello(uid, start, orphans[0].start_frame, base if base > 1 else 0)
+        assert welcome is not None, "the uid was compared before"
+        self._ingest.lose(welcome.state, time.time_ns())
+        if welcome.state.next_seq == 0:
+            self._ingest.append(welcome.state, 0, 1, orphans[0].start_frame, time.time_ns())
+        return welcome.state
+
+    def _replay_file(self, state: WriterState, orphan: Orphan) -> Generator[None, None, tuple[int, bool] | None]:
+        """Append what this file holds beyond the writer's last seq. Raises Refused, OSError.
+
+        Returns where its frames end and whether the end record is among them; None if there is no room.
+        """
+        end, ended = len(orphan.start_frame), False
+        for piece in pieces(orphan, state.next_seq):
+            end, ended = piece.end, piece.ended
+            if piece.next_seq > state.next_seq:
+                if self._ingest.full_reason(state.uid):
+                    return None
+                if piece.first_seq - state.next_seq > GAP_MAX:
+                    raise Refused(f"record {piece.first_seq} where {state.next_seq} is due")
+                now_ns = time.time_ns()
+                state.base = max(state.base, piece.first_seq)
+                self._ingest.lose(state, now_ns)
+                if piece.first_seq < state.next_seq:
+                    piece = behind(piece, state.next_seq)  # noqa: PLW2901
+                count = piece.next_seq - piece.first_seq
+                self._ingest.append(state, piece.first_seq, count, piece.frames, now_ns, ending=piece.ended)
+                failpoint("adopt.copy.after")
             before = state.next_seq
             yield
             if state.next_seq < before:
-                return False
-        return True
+                return None
+        return end, ended
 
+    def _let_go(self, ends: list[tuple[Orphan, int]]) -> None:
+        """Remove files of which every record is durable, or keep them as evidence."""
+        damaged = [orphan for orphan, end in ends if orphan.is_spool and end < orphan.size]
+        for orphan, end in sorted(ends, key=lambda item: item[0] not in damaged):
+            try:
+                if orphan in damaged:
+                    keep_evidence(orphan, end, self._quarantine)
+                    self.quarantined += 1
+                    log.warning("spool_quarantined name=%s read_bytes=%d of=%d", orphan.path.name, end, orphan.size)
+                else:
+                    fs.unlink(orphan.path)
+            except OSError as exc:
+                self._refuse(orphan.path, f"its records are safe, but it cannot be removed: {exc.strerror}")
+                if exc.errno not in fs.NO_SPACE:
+                    self._spent[str(orphan.path)] = os.fstat(orphan.fd).st_ino
+        for directory in {orphan.path.parent for orphan, _ in ends}:
+            with contextlib.suppress(OSError):  # A name that comes back is adopted again, for nothing.
+                fs.sync_dir(directory)
 
-def owner_gone(start: Start) -> bool:
-    """Return whether the process that a start frame names is surely dead, whoever holds its lock."""
-    if start.boot and start.boot != boot_id():
-        return True
-    if not start.pid or start.pid_ns != pid_namespace():
-        return False
-    now = process_start(start.pid)
-    return now is None or start.pid_start not in (0, now)
+    def _refuse(self, path: Path, why: str) -> None:
+        if str(path) not in self.refused and len(self.refused) < REFUSED_MAX:
+            self.refused[str(path)] = why
+            log.warning("adoption_refused path=%s reason=%r", path, why)
 
 
 def _written_ns(paths: list[Path]) -> int:
@@ -207,7 +254,3 @@ def _written_ns(paths: list[Path]) -> int:
         with contextlib.suppress(OSError):
             newest = max(newest, os.lstat(path).st_mtime_ns)
     return newest
-
-
-def _now_ns() -> int:
-    return time.time_ns()

@@ -106,7 +106,7 @@ class Ingest:
         if known is not None and base - known.next_seq > GAP_MAX:
             text = f"the writer claims to have lost {base - known.next_seq} records; {GAP_MAX} are possible"
             return [self._refuse(peer, writer, Code.MALFORMED, text)]
-        if known is None and not self._has_room():
+        if known is None and not self.has_room():
             text = f"this daemon knows {len(self.writers)} writers already (writers_max)"
             return [self._refuse(peer, writer, Code.FULL, text, retryable=True)]
         welcome = self.writers.hello(peer.uid, start, body, base)
@@ -117,7 +117,7 @@ class Ingest:
         answer = wire.encode(Type.WELCOME, version, writer, welcome.expected, *self._offer, wire.CREDIT)
         return [Reply(peer.identity, answer)]
 
-    def _has_room(self) -> bool:
+    def has_room(self) -> bool:
         """Return whether one more writer can be known."""
         if len(self.writers) >= self._writers_max:
             self.writers.drop_greeted()
