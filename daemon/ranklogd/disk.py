@@ -4,10 +4,17 @@ Refusing is not losing: the client keeps what was refused in its journal and spo
 """
 
 import os
+from collections import Counter, deque
+from collections.abc import Iterator
 from pathlib import Path
 
 from ranklog import fs
 from ranklogd.statedir import StateDir
+
+
+LOOK_ENTRIES = 2000
+"""Directory entries counted in one look. After days without the store there are a hundred thousand, and the loop that
+looks must go on acknowledging: the sum is then some looks old."""
 
 
 def full_reason(*, used_bytes: int, free_bytes: int, quota_bytes: int, free_min_bytes: int) -> str:
@@ -33,20 +40,35 @@ class Disk:
         self._quota_bytes = quota_bytes
         self._free_min_bytes = free_min_bytes
         self._reserve_bytes = reserve_bytes
+        self._sizes = file_sizes(state.wal, state.outbox)
+        self._sum_bytes = 0
 
     def look(self) -> None:
-        """Measure again."""
+        """Measure again; raises OSError where the filesystem does not answer."""
         room = os.statvfs(self._state.root)
         free_bytes = room.f_bavail * room.f_frsize
-        self.used_bytes = tree_size(self._state.wal) + tree_size(self._state.outbox)
+        self._count()
         self.reason = full_reason(
             used_bytes=self.used_bytes,
             free_bytes=free_bytes,
             quota_bytes=self._quota_bytes,
             free_min_bytes=self._free_min_bytes,
         )
-        if not self.reason:
+        if self.reason and free_bytes < self._reserve_bytes:
+            fs.unlink(self._state.reserve)
+        # Not at once when there is a little room again: that was the reserve's own, and is still needed.
+        elif not self.reason and free_bytes >= self._free_min_bytes + 2 * self._reserve_bytes:
             self._reserve()
+
+    def _count(self) -> None:
+        """Go on adding up, and take the sum over once it is complete."""
+        for _ in range(LOOK_ENTRIES):
+            size_bytes = next(self._sizes, None)
+            if size_bytes is None:
+                self.used_bytes, self._sum_bytes = self._sum_bytes, 0
+                self._sizes = file_sizes(self._state.wal, self._state.outbox)
+                return
+            self._sum_bytes += size_bytes
 
     def mark_full(self, reason: str) -> None:
         """A write met ENOSPC before `look` did: refuse until the next look, and give the reserve back to the deletes."""
@@ -65,13 +87,54 @@ class Disk:
             os.close(fd)
 
 
-def tree_size(path: Path) -> int:
-    """Return the bytes of all files below `path`; files that vanish meanwhile count nothing."""
-    total = 0
-    for directory, _, names in os.walk(path):
-        for name in names:
-            try:
-                total += os.lstat(os.path.join(directory, name)).st_size
-            except OSError:
-                continue
-    return total
+class Shares:
+    """Bytes that each user has in the WAL or the outbox, counted since this process started. Pure."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._open: Counter[int] = Counter()
+        self._sealed: deque[tuple[int, Counter[int]]] = deque()
+        self._used: Counter[int] = Counter()
+
+    def add(self, uid: int, size_bytes: int) -> None:
+        """Count records on their way to the open segment."""
+        self._open[uid] += size_bytes
+        self._used[uid] += size_bytes
+
+    def sealed(self, last_lsn: int) -> None:
+        """The open segment ends with `last_lsn`."""
+        self._sealed.append((last_lsn, self._open))
+        self._open = Counter()
+
+    def uploaded(self, lsn: int) -> None:
+        """Everything up to `lsn` is in the store."""
+        while self._sealed and self._sealed[0][0] <= lsn:
+            self._used -= self._sealed.popleft()[1]
+
+    def reason(self, uid: int) -> str:
+        """Return why no more records of this user can be taken, or an empty string."""
+        if not self._limit_bytes or self._used[uid] < self._limit_bytes:
+            return ""
+        return (
+            f"user {uid} has {self._used[uid]} bytes waiting here, the limit is {self._limit_bytes} (quota_per_uid_bytes)"
+        )
+
+
+def file_sizes(*roots: Path) -> Iterator[int]:
+    """Yield the size of every file below `roots`, or 0 for a directory; what vanishes meanwhile counts nothing."""
+    waiting = [str(root) for root in roots]
+    while waiting:
+        try:
+            entries = os.scandir(waiting.pop())
+        except OSError:
+            continue
+        with entries:
+            for entry in entries:
+                try:
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(entry.path)
+                        yield 0
+                    else:
+                        yield entry.stat(follow_symlinks=False).st_size
+                except OSError:
+                    continue

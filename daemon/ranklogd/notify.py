@@ -14,10 +14,11 @@ class Notifier:
         self._address = "\0" + address[1:] if address.startswith("@") else address
 
     def __call__(self, *lines: str) -> None:
-        """Send `lines`; a manager that does not read is no reason to stop."""
+        """Send `lines`; a manager that does not read is no reason to stop, nor to wait."""
         if not self._address:
             return
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.setblocking(False)  # noqa: FBT003
             try:
                 sock.connect(self._address)
                 sock.send("\n".join(lines).encode())

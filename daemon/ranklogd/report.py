@@ -37,7 +37,7 @@ class RunStatus:
     world_size: int
     records: int
     state: str
-    """running, ended (all writers adopted or gone) or finished (an end record from every writer)."""
+    """running, ended (no writer lives any more) or finished (the last attempt of every rank left an end record)."""
     last_s: float
     """Seconds since the last record arrived."""
 
@@ -68,6 +68,11 @@ class Status:
     poisoned_segments: int
     shipper: dict[str, Any]
     runs: list[RunStatus] = field(default_factory=list)
+    adoption_stuck: int = 0
+    """Dead writers whose files wait for room."""
+    quarantined_spools: int = 0
+    """Spool files in quarantine/ since the start: they could not be read to their end."""
+    shipper_restarts: int = 0
 
     def to_json(self) -> str:
         """Return the snapshot as JSON."""
@@ -81,13 +86,34 @@ def backlog(state: StateDir) -> tuple[list[tuple[int, int]], list[tuple[int, int
     return sorted(sealed), sorted(outbox)
 
 
-def watermarks(state: StateDir, *, received: int, durable: int, open_first: int) -> Watermarks:
-    """Recompute the marks from file names: whatever still waits is above them."""
-    sealed, outbox = backlog(state)
-    waiting = [first for first, _ in [*sealed, *outbox]]
+def uploaded_lsn(state: StateDir, open_first: int) -> int:
+    """Return the lsn up to which nothing waits any more, from file names alone: it is the names that cannot be wrong.
+
+    The WAL is listed before the outbox, for that is the way a segment goes.
+    """
     below = open_first - 1
-    uploaded = min([below, *(first - 1 for first in waiting)])
-    return Watermarks(max(0, uploaded), max(0, below), max(durable, below, 0), max(received, durable, below, 0))
+    for directory in (state.wal, state.outbox):
+        first = _first_waiting(directory)
+        below = below if first is None else min(below, first - 1)
+    return max(0, below)
+
+
+def _first_waiting(directory: Path) -> int | None:
+    """Return the lowest first lsn among segment names; ready for a hundred thousand of them, which sort by it."""
+    names = set(_names(directory))
+    while names:
+        name = min(names)
+        names.discard(name)
+        parsed = segment.parse_sealed(name.removesuffix(".tmp"))
+        if parsed is not None:
+            return parsed[0]
+    return None
+
+
+def watermarks(*, received: int, durable: int, open_first: int, uploaded: int) -> Watermarks:
+    """Return the marks of one moment; `uploaded` may be a little old."""
+    sealed = open_first - 1
+    return Watermarks(uploaded, sealed, max(durable, sealed), max(received, durable, sealed))
 
 
 def own_pid() -> int:
@@ -97,7 +123,7 @@ def own_pid() -> int:
 
 def _names(directory: Path) -> list[str]:
     try:
-        return [entry.name for entry in directory.iterdir()]
+        return os.listdir(directory)
     except FileNotFoundError:
         return []
 

@@ -21,6 +21,8 @@ class Progress(NamedTuple):
     sealed: int
     uploaded: int
     adopting: bool
+    stuck: bool
+    """Dead writers' files wait for room."""
 
 
 class _Waiting(NamedTuple):
@@ -75,8 +77,11 @@ class Requests:
             reached = {Wait.DURABLE: progress.durable, Wait.SEALED: progress.sealed, Wait.UPLOADED: progress.uploaded}[
                 request.wait
             ]
-            done = not progress.adopting if request.adoption else reached >= request.lsn
-            if done or now_s >= request.deadline_s:
+            if request.adoption:
+                over, done = not progress.adopting, not progress.adopting and not progress.stuck
+            else:
+                over = done = reached >= request.lsn
+            if over or now_s >= request.deadline_s:
                 header = wire.encode(Type.FLUSHED, request.token, done, max(0, request.lsn - reached))
                 replies.append(Reply(request.identity, header))
             else:

@@ -4,25 +4,30 @@ Its configuration goes through stdin, so nothing of it is in argv; stdin stays o
 that the shipper sees when its parent is gone. It inherits neither the state lock nor the socket.
 """
 
+import logging
 import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
+log = logging.getLogger("ranklogd")
+
+RESTART_S_MIN = 0.5
 RESTART_S_MAX = 30.0
+SETTLED_S = 60.0
+"""A shipper that lived so long was sound: its death starts no longer pause than a first one."""
 
 
 class ShipperProcess:
     """The one shipper of this daemon. Owned by the server loop."""
 
-    def __init__(self, config_json: str, *, log_path: Path | None = None) -> None:
+    def __init__(self, config_json: str) -> None:
         self.restarts = 0
         self._config = config_json.encode()
-        self._log_path = log_path
         self._process: subprocess.Popen[bytes] | None = None
-        self._start_at_s = 0.0
-        self._pause_s = 0.5
+        self._start_at_s = self._started_s = 0.0
+        self._pause_s = RESTART_S_MIN
+        self._stopping = False
 
     @property
     def pid(self) -> int:
@@ -30,32 +35,48 @@ class ShipperProcess:
         return self._process.pid if self._process is not None and self._process.poll() is None else 0
 
     def tend(self, now_s: float) -> None:
-        """Start it if it does not run and its pause is over."""
+        """Start it if it does not run and its pause is over; never again after `stop`."""
+        if self._stopping:
+            return
         if self._process is not None:
-            if self._process.poll() is None:
+            code = self._process.poll()
+            if code is None:
                 return
-            self._process = None
-            self.restarts += 1
-            self._start_at_s = now_s + self._pause_s
-            self._pause_s = min(RESTART_S_MAX, self._pause_s * 2)
+            self._give_up(now_s, f"exit code {code}")
         if now_s < self._start_at_s:
             return
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "ranklogd.ship.shipper"], stdin=subprocess.PIPE, close_fds=True, process_group=0,
-        )  # fmt: skip
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "ranklogd.ship.shipper"], stdin=subprocess.PIPE, bufsize=0, process_group=0,
+            )  # fmt: skip
+        except OSError as exc:
+            self._give_up(now_s, str(exc))  # No process or memory to be had: acks go on without it.
+            return
+        self._started_s = now_s
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(self._config + b"\n")
-            self._process.stdin.flush()
         except BrokenPipeError:
             return  # It died at once; the next call sees that.
 
-    def settled(self) -> None:
-        """It has worked for a while: forget earlier deaths."""
-        self._pause_s = 0.5
+    def _give_up(self, now_s: float, why: str) -> None:
+        if self._process is not None:
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+            if now_s - self._started_s >= SETTLED_S:
+                self._pause_s = RESTART_S_MIN
+        log.warning("shipper_down reason=%r pause_s=%g", why, self._pause_s)
+        self._process = None
+        self.restarts += 1
+        self._start_at_s = now_s + self._pause_s
+        self._pause_s = min(RESTART_S_MAX, self._pause_s * 2)
 
     def stop(self) -> None:
-        """Ask it to upload what it can and exit; returns at once."""
+        """Ask it to upload what it can and exit; returns at once. One that is down is started for that."""
+        if not self.pid:
+            self._start_at_s = 0.0
+            self.tend(self._started_s)
+        self._stopping = True
         if self.pid:
             os.kill(self.pid, signal.SIGTERM)
 

@@ -60,7 +60,7 @@ def measure(names: Sequence[str], options: Options) -> tuple[dict[str, Sequence[
         except Skipped as exc:
             groups[name] = str(exc)
         except Exception as exc:  # noqa: BLE001 - one figure that breaks must not take the others with it
-            traceback.print_exc()
+            traceback.print_exc(chain=False)
             groups[name], failed = f"failed: {type(exc).__name__}: {exc}", True
         sys.stderr.write(f"{time.monotonic() - began_s:.0f} s\n")
     return groups, failed

@@ -41,7 +41,7 @@ def _query(path: Path, steps: int) -> list[float]:
     took = []
     for number in range(12):
         began = time.perf_counter()
-        table = con.execute(f"SELECT step, value FROM read_parquet('{path}') WHERE run = 'series' AND kind = 'metrics' AND key = 'train/metric_17'").to_arrow_table()
+        table = con.sql(f"SELECT step, value FROM read_parquet('{path}') WHERE run = 'series' AND kind = 'metrics' AND key = 'train/metric_17'").to_arrow_table()
         if number > 1:
             took.append((time.perf_counter() - began) * 1000)
         assert table.num_rows == steps, table.num_rows

@@ -30,6 +30,7 @@ SHM = Path("/dev/shm")  # noqa: S108
 START_TIMEOUT_S = 30.0
 WAIT_S = 300.0
 _POLL_S = 0.01
+_LOG_SIZE = 3000
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Node:
         self._daemon: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start the daemon and wait until it answers; raises NoDaemon with its own words if it does not."""
+        """Start the daemon and wait until it answers; raises NoDaemon if it does not."""
         with self.log.open("ab") as out:
             self._daemon = subprocess.Popen([sys.executable, "-m", "ranklogd"], env=self.env, stderr=out, stdout=out, cwd=self.root)
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -79,7 +80,7 @@ class Node:
                 control.ping(self.settings, 1.0)
             except NoDaemon as exc:
                 if self._daemon.poll() is not None or time.monotonic() > deadline:
-                    raise NoDaemon(f"the daemon did not start: {self.log.read_text()[-2000:]}") from exc
+                    raise NoDaemon("the daemon did not start") from exc
                 time.sleep(_POLL_S)
             else:
                 return
@@ -118,7 +119,7 @@ class Node:
         """Wait until everything has come that far; return the monotonic time of the answer."""
         done = control.flush(self.settings, wait, timeout_s)
         if not done.done:
-            raise RuntimeError(f"{done.pending} records are still not {wait.name} after {timeout_s:g} s; {self.log.read_text()[-2000:]}")
+            raise RuntimeError(f"{done.pending} records are still not {wait.name} after {timeout_s:g} s")
         return time.monotonic()
 
     def bring_in(self, timeout_s: float = WAIT_S) -> None:
@@ -160,6 +161,10 @@ def private_node(options: Options, *, start: bool = True, disk: Path | None = No
             node.start()
             node.await_shipper()
         yield node
+    except Exception:
+        # The directory is gone before anybody can look: the daemon's own words go out with the error.
+        sys.stderr.write(node.log.read_text()[-_LOG_SIZE:] if node.log.exists() else "")
+        raise
     finally:
         node.stop()
         shutil.rmtree(root, ignore_errors=True)

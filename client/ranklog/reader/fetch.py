@@ -5,11 +5,14 @@ in a worker thread instead; the caller waits, and passes Ctrl-C on as an interru
 """
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import duckdb
 import pyarrow as pa
+
+INTERRUPT_INTERVAL_S = 0.05
+"""A person who pressed Ctrl-C does not notice this wait."""
 
 _Result = TypeVar("_Result")
 
@@ -54,5 +57,7 @@ def _wait(pool: ThreadPoolExecutor, con: duckdb.DuckDBPyConnection, work: Callab
     try:
         return future.result()
     except KeyboardInterrupt:
-        con.interrupt()
+        while not future.done():
+            con.interrupt()  # Again and again: one that comes between two statements stops neither.
+            wait([future], INTERRUPT_INTERVAL_S)
         raise

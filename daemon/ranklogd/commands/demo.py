@@ -18,7 +18,7 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ranklog import fs
 from ranklog.autostart import LOG_NAME
@@ -32,9 +32,11 @@ from ranklog.reader.pending import waiting_writers
 from ranklog.stores import open_store
 from ranklogd.commands.demo_rank import proof_path, read_proof
 from ranklogd.commands.plot import plot
-from ranklogd.commands.proof import Attempt, Rows
 from ranklogd.report import backlog
 from ranklogd.statedir import StateDir
+
+if TYPE_CHECKING:
+    from ranklogd.commands.proof import Attempt, Rows
 
 STEPS = 500
 RANKS_MAX = 64
@@ -67,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the demo and print its proof; return 0, 1 if anything is lost or doubled, 4 if not all was brought in."""
     if not 1 <= args.ranks <= RANKS_MAX or args.steps < 20:
         raise UsageError(f"ranklog demo: --ranks {args.ranks} must be from 1 to {RANKS_MAX}, --steps at least 20")
+    from ranklogd.commands.proof import Rows  # Loads pyarrow: not for --help.
+
     began_s = time.monotonic()
     run_id = new_run_id(time.time_ns(), os.urandom(10))
     places = _prepare(Path(args.dir).absolute(), run_id)
@@ -137,7 +141,7 @@ def _run_job(places: _Places, run_id: str, args: argparse.Namespace, output_fd: 
         raise
 
 
-def _judge(rows: Rows, proof: Path, ranks: int) -> list[Attempt]:
+def _judge(rows: "Rows", proof: Path, ranks: int) -> "list[Attempt]":
     attempts = []
     for rank in range(ranks):
         count = 0
@@ -149,7 +153,7 @@ def _judge(rows: Rows, proof: Path, ranks: int) -> list[Attempt]:
     return attempts
 
 
-def _print_proof(attempts: list[Attempt], *, sound: bool) -> None:
+def _print_proof(attempts: "list[Attempt]", *, sound: bool) -> None:
     table = []
     for a in attempts:
         end = "kill -9" if a.killed else "finished"
@@ -163,7 +167,7 @@ def _print_proof(attempts: list[Attempt], *, sound: bool) -> None:
     print(f"\n{'Nothing lost, nothing doubled.' if sound else 'Records are lost or doubled: a bug. Please report it.'}\n")
 
 
-def _print_loss(rows: Rows) -> None:
+def _print_loss(rows: "Rows") -> None:
     unicode = (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
     width = min(79, shutil.get_terminal_size().columns - 1)
     print("loss, mean of the ranks, by step")
@@ -180,9 +184,9 @@ def thinned(points: list[tuple[float, float]], count_max: int) -> list[tuple[flo
 def _print_next(directory: str, run_id: str, shards: list[Shard], took_s: float) -> None:
     to = shlex.quote(directory)
     size = human_size(sum(shard.size_bytes for shard in shards))
-    by_rank = "SELECT rank, count(*), min(value) AS best FROM metrics WHERE key = 'loss' GROUP BY 1 ORDER BY 1"
+    by_rank = "SELECT rank, count(*), min(value) FROM metrics WHERE key = 'loss' GROUP BY 1"
     print(f"\n{len(shards)} parquet files, {size}, in {directory}; {took_s:.0f} s\n\nTry next:")
     print(f"  ranklog ls --to {to}")
-    print(f'  ranklog query --to {to} --run {display_name(run_id)} \\\n    "{by_rank}"')
+    print(f'  ranklog query --to {to} \\\n  "{by_rank}"')
     print(f"  ranklog tail --to {to} --key loss {display_name(run_id)}")
     print("  ranklog run -- torchrun --nproc-per-node 4 train.py")
