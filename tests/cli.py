@@ -38,5 +38,11 @@ def ranklog(
         hide = f"import sys; sys.modules.update(dict.fromkeys({list(without)!r})); from ranklog.cli import main"
         command = [sys.executable, "-c", f"{hide}; sys.exit(main({list(arguments)!r}))"]
     return subprocess.run(
-        command, env=environment(home) | dict(env or {}), input=stdin, capture_output=True, text=True, timeout=timeout_s, check=False
+        command,
+        env=environment(home) | dict(env or {}),
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
     )

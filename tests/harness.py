@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.parquet
-from node import Node, wait_for
 
+from node import Node, wait_for
 from ranklog.frame import Kind, body_at, decode_body, spans
 from ranklog.start import Start, start_from_map
 from ranklogd.wal import segment
 from ranklogd.wal.segment import BATCH, Damage, EntryType
 
-__all__ = ["Record", "Rig", "check_whole", "logged", "shard_rows", "wait_for"]
+__all__ = ["Record", "Rig", "check_whole", "gaps", "logged", "shard_rows", "wait_for"]
 
 
 class Record(NamedTuple):
@@ -90,7 +90,8 @@ class Rig(Node):
         """Start a client script given as text; its pipes are open, and it is killed at the end of the test."""
         client = subprocess.Popen(
             [sys.executable, "-c", source, *map(str, args)],
-            env=self.env | env, cwd=self.path, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=self.env | env, cwd=self.path, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         self._clients.append(client)
         return client
@@ -103,10 +104,14 @@ class Rig(Node):
 
     def adopted(self, timeout_s: float = 20.0) -> None:
         """Wait until no journal or spool file is left: their writers are dead, and the daemon has taken them over."""
-        wait_for(lambda: not self.leftovers(), "every file is adopted", timeout_s)
+        wait_for(lambda: not self.orphans(), "every file is adopted", timeout_s)
+
+    def orphans(self) -> list[Path]:
+        """Return the files in view that wait to be adopted: hidden ones were not finished, and hold no record."""
+        return [path for path in self.leftovers() if not path.name.startswith(".")]
 
     def written(self) -> Written:
-        """Return every record in the log by writer, in the order of the log. Each is checked to be whole and in order."""
+        """Return every record in the log by writer, in the order of the log; that none is missing is checked."""
         records = self.raw_written()
         for writer, found in records.items():
             check_whole(found, writer)

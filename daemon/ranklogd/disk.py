@@ -96,10 +96,10 @@ class Shares:
         self._sealed: deque[tuple[int, Counter[int]]] = deque()
         self._used: Counter[int] = Counter()
 
-    def add(self, uid: int, size_bytes: int) -> None:
-        """Count records on their way to the open segment."""
-        self._open[uid] += size_bytes
-        self._used[uid] += size_bytes
+    def add(self, taken: Counter[int]) -> None:
+        """Count bytes by uid that are in the open segment now."""
+        self._open += taken
+        self._used += taken
 
     def sealed(self, last_lsn: int) -> None:
         """The open segment ends with `last_lsn`."""

@@ -18,6 +18,7 @@ from ranklog.failpoint import failpoint
 from ranklog.frame import HEADER, body_at, encode_gap, spans
 from ranklog.start import decode_start
 from ranklog.wire import Code, Type
+from ranklogd.disk import Shares
 from ranklogd.sequence import GAP_MAX, Verdict, Writers, WriterState
 from ranklogd.wal.log import Full, Wal, WalBatch
 
@@ -53,7 +54,14 @@ class Ingest:
     """Writers, their order and the WAL. Owned by the server loop."""
 
     def __init__(
-        self, wal: Wal, writers: Writers, offer: Offer, *, writers_max: int, full_reason: Callable[[int], str]
+        self,
+        wal: Wal,
+        writers: Writers,
+        offer: Offer,
+        *,
+        writers_max: int,
+        disk_full: Callable[[], str],
+        shares: Shares | None = None,
     ) -> None:
         self.wal = wal
         self.writers = writers
@@ -62,15 +70,22 @@ class Ingest:
         self.records = 0
         """Records appended since the start."""
         self.duplicates = 0
-        self.full_reason = full_reason
-        """Why no records of that uid can be taken now; empty while they can."""
+        self.shares = shares or Shares(0)
+        """What each user has here."""
         self.met_full = ""
         """What the last commit said if there was no room for it, else empty."""
         self._offer = offer
         self._writers_max = writers_max
+        self._disk_full = disk_full
         self._unacked: dict[bytes, set[bytes]] = {}
         """Writers with something to acknowledge at the next commit, and to whom."""
         self._touched: set[WriterState] = set()
+        self._taken: Counter[int] = Counter()
+        """Bytes by uid that wait for the next commit."""
+
+    def full_reason(self, uid: int) -> str:
+        """Return why no records of that user can be taken now; empty while they can."""
+        return self._disk_full() or self.shares.reason(uid)
 
     def handle(self, peer: Peer, parts: list[bytes], now_ns: int) -> list[Reply]:
         """Take one HELLO or BATCH; return the replies that need not wait for a commit."""
@@ -172,6 +187,7 @@ class Ingest:
         self.wal.append(WalBatch(state, first_seq, count, frames, now_ns))
         state.next_seq += count
         state.ending = state.ending or ending
+        self._taken[state.uid] += len(frames)
         self._touched.add(state)
         self.records += count
 
@@ -187,8 +203,8 @@ class Ingest:
 
     def commit(self, now_ns: int) -> list[Reply]:
         """Make everything appended durable; return the acks, or refusals if the disk is full. Raises OSError: exit then."""
-        touched, unacked = self._touched, self._unacked
-        self._touched, self._unacked = set(), {}
+        touched, unacked, taken = self._touched, self._unacked, self._taken
+        self._touched, self._unacked, self._taken = set(), {}, Counter()
         self.met_full = ""
         try:
             self.wal.commit()
@@ -200,6 +216,7 @@ class Ingest:
                 for writer, identities in unacked.items()
                 for identity in identities
             ]
+        self.shares.add(taken)
         self.writers.synced(touched, now_ns // 1_000_000_000)
         failpoint("ack.before")
         return self._acks(unacked)

@@ -1,4 +1,8 @@
-"""One daemon per state directory: a kernel flock, which no crash can leave behind. Taken before the socket is bound."""
+"""One daemon per state directory, and one per socket: kernel flocks, which no crash can leave behind.
+
+Both are taken before the socket is bound: libzmq lets a second daemon bind over the socket of a first one, whose
+clients would then talk to nobody.
+"""
 
 import json
 import os
@@ -12,13 +16,14 @@ EXIT_BUSY = 75  # EX_TEMPFAIL: systemd may try again.
 
 
 class Busy(Exception):
-    """Another daemon owns the state directory; the text names it."""
+    """Another daemon is in the way; the text names it."""
 
 
-def take_lock(path: Path, *, wait_s: float, stopped: Callable[[float], bool]) -> int:
+def take_lock(path: Path, owned: Path, flag: str, *, wait_s: float, stopped: Callable[[float], bool]) -> int:
     """Lock `path` and write who holds it; return the descriptor, which must stay open. Raises Busy after `wait_s`.
 
-    `stopped(seconds)` waits and returns True if the wait was called off.
+    `owned` is what the lock stands for, and `flag` chooses another. `stopped(seconds)` waits and returns True if the
+    wait was called off.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     deadline = time.monotonic() + wait_s
@@ -26,9 +31,7 @@ def take_lock(path: Path, *, wait_s: float, stopped: Callable[[float], bool]) ->
         if time.monotonic() >= deadline or stopped(0.1):
             owner = _owner(fd)
             os.close(fd)
-            raise Busy(
-                f"another ranklogd {owner} owns {path.parent}. Stop it, or choose another state directory with --state-dir"
-            )
+            raise Busy(f"another ranklogd {owner} owns {owned}. Stop it, or choose another with {flag}")
     os.ftruncate(fd, 0)
     fs.write_all(fd, json.dumps({"pid": os.getpid()}).encode(), 0)
     return fd

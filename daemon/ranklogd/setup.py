@@ -1,12 +1,14 @@
 """Puts a daemon together, in the order that matters, and takes it apart again.
 
-    directories checked ─▶ lock ─▶ WAL recovered, new segment ─▶ old ones sealed ─▶ socket bound ─▶ shipper ─▶ READY
+    directories checked ─▶ locks ─▶ WAL recovered, new segment ─▶ old ones sealed ─▶ socket bound ─▶ shipper ─▶ READY
 
-Nothing is touched before the lock is held, and nobody can connect before the WAL can take what they send.
+Nothing is touched before the locks are held, and nobody can connect before the WAL can take what they send.
 """
 
+import grp
 import logging
 import os
+import resource
 import secrets
 import time
 from collections.abc import Callable
@@ -14,11 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ranklog import fs, places
+from ranklog.config import Settings
+from ranklog.errors import UsageError
 from ranklog.identity import boot_id
 from ranklog.layout import Lsn
 from ranklogd.adopt import Adopter
 from ranklogd.config import Config
-from ranklogd.disk import Disk
+from ranklogd.disk import Disk, Shares
 from ranklogd.ingest import Ingest, Offer
 from ranklogd.lock import take_lock
 from ranklogd.notify import Notifier
@@ -33,6 +37,8 @@ from ranklogd.watch import Watch
 log = logging.getLogger("ranklogd")
 
 LOCK_WAIT_S = 30.0
+OPEN_FILES_MAX = 65536
+"""A connection needs a descriptor, and so does each file of a dead writer while it is replayed."""
 
 
 @dataclass
@@ -42,7 +48,7 @@ class Parts:
     config: Config
     state: StateDir
     store_id: str
-    lock_fd: int
+    lock_fds: tuple[int, ...]
     ingest: Ingest
     adopter: Adopter
     disk: Disk
@@ -58,15 +64,19 @@ class Parts:
         self.watch.close()
         self.ingest.wal.close()
         fs.unlink(_cookie(self.config))
-        os.close(self.lock_fd)
+        for fd in self.lock_fds:
+            os.close(fd)
 
 
 def prepare(config: Config) -> StateDir:
     """Check and create the directories; raises UsageError or OSError in words a person can act on."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < OPEN_FILES_MAX:
+        most = OPEN_FILES_MAX if hard < 0 else min(hard, OPEN_FILES_MAX)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     state = StateDir(config.state_dir)
-    for path, what in ((config.state_dir, "the state directory"), (config.runtime_dir, "the runtime directory")):
-        if what == "the state directory":
-            places.require_local(path, what, allow=config.allow_network_fs)
+    places.require_local(state.root, "the state directory", allow=config.allow_network_fs)
+    for path in (state.root, config.runtime_dir):
         places.ensure_private_dir(path)
     for room in state.rooms:
         fs.make_dir(room)
@@ -77,7 +87,12 @@ def assemble(
     config: Config, state: StateDir, notify: Notifier, *, lock_wait_s: float, stopped: Callable[[float], bool]
 ) -> Parts:
     """Start a daemon up to the point where clients can connect; raises Busy, OSError, FormatError."""
-    lock_fd = take_lock(state.lock, wait_s=lock_wait_s, stopped=stopped)
+    socket_lock = config.socket.with_name(f"{config.socket.name}.lock")
+    lock_fds = (
+        take_lock(state.lock, state.root, "--state-dir", wait_s=lock_wait_s, stopped=stopped),
+        take_lock(socket_lock, config.socket, "--runtime-dir or --socket", wait_s=lock_wait_s, stopped=stopped),
+    )
+    fs.unlink(state.reserve)  # On a disk full of our own records, the new segment needs it: `disk` takes it again.
     found = recover(state, int(time.time()))
     for note in found.notes:
         log.warning("wal_recovered %s", note)
@@ -92,25 +107,41 @@ def assemble(
     )
     disk.look()
     settings = config.settings()
-    own = [places.spool_dirs(settings)[0], *places.journal_dirs(settings)[:1]]
-    for directory in own:
-        places.ensure_private_dir(directory)
-    offer = Offer(str(own[0]), str(own[-1]), str(_write_cookie(config)))
-    ingest = Ingest(wal, writers, offer, writers_max=config.writers_max, full_reason=lambda: disk.reason)
-    directories = places.adoption_dirs(settings)
-    adopter = Adopter(ingest, directories)
+    offer = Offer(*_own_places(settings), str(_write_cookie(config)))
+    ingest = Ingest(
+        wal,
+        writers,
+        offer,
+        writers_max=config.writers_max,
+        disk_full=lambda: disk.reason,
+        shares=Shares(config.quota_per_uid_bytes),
+    )
+    adopter = Adopter(ingest, lambda: places.adoption_dirs(settings), state.quarantine)
     adopter.scan()
     socket = DaemonSocket(config.socket, config.socket_mode, _group(config))
-    watch = Watch(directories)
+    watch = Watch(adopter.directories)
     socket.watch(watch.fd)
     shipper = ShipperProcess(config.to_json())
-    return Parts(config, state, found.store_id, lock_fd, ingest, adopter, disk, socket, shipper, watch, notify)
+    return Parts(config, state, found.store_id, lock_fds, ingest, adopter, disk, socket, shipper, watch, notify)
+
+
+def _own_places(settings: Settings) -> tuple[str, str]:
+    """Return (spool, journal) directories to offer to clients, made ready; empty where none can be."""
+    spools, journals = places.spool_dirs(settings)[:1], places.journal_dirs(settings)[:1]
+    ready = [
+        [str(path) for path in places.usable_dirs(dirs, what, settings, log.warning)]
+        for dirs, what in ((spools, "the spool"), (journals, "the journal"))
+    ]
+    return next(iter(ready[0]), ""), next(iter(ready[1]), "")
 
 
 def _group(config: Config) -> int | None:
-    import grp
-
-    return grp.getgrnam(config.socket_group).gr_gid if config.socket_group else None
+    """Return the socket's group; raises UsageError for one that this node does not know."""
+    name = config.socket_group
+    try:
+        return None if not name else int(name) if name.isdecimal() else grp.getgrnam(name).gr_gid
+    except KeyError as exc:
+        raise UsageError(f"socket_group {name!r} is no group of this node; see: getent group") from exc
 
 
 def _cookie(config: Config) -> Path:

@@ -13,19 +13,22 @@ from pathlib import Path
 import zmq
 
 from ranklog import wire
+from ranklog.errors import UsageError
 from ranklogd.ingest import Peer, Reply
 from ranklogd.wal.segment import UID_UNKNOWN
 
 HANDSHAKE_MS = 1000  # Closes peers that connect and say nothing, before they use up the descriptors.
-QUEUE_MAX = 16
-"""Messages that libzmq holds for one peer: with two batches in flight, no honest client needs more."""
+QUEUE_MAX = 4
+"""Messages that libzmq holds for one peer: no honest client has more than two batches in flight. Those behind wait in
+the kernel's buffers and the sender's, so this times MESSAGE_SIZE_MAX is what a hostile one can make the daemon hold."""
 
 
 class DaemonSocket:
-    """The bound ROUTER. Owned by the server loop."""
+    """The bound ROUTER. Owned by the server loop. Raises UsageError or OSError where it cannot be bound."""
 
     def __init__(self, path: Path, mode: int, group: int | None) -> None:
-        self._path = path
+        if path.exists() and not path.is_socket():
+            raise UsageError(f"{path} is in the way of the socket and is none. Remove it, or choose another: --socket")
         self._context = zmq.Context(io_threads=1)
         self._context.setsockopt(zmq.MAX_SOCKETS, 64)
         self._socket = self._context.socket(zmq.ROUTER)
@@ -42,6 +45,8 @@ class DaemonSocket:
         before = os.umask(0o177)
         try:
             self._socket.bind(f"ipc://{path}")
+        except zmq.ZMQError as exc:
+            raise OSError(exc.errno, f"the socket cannot be bound: {exc.strerror}", str(path)) from exc
         finally:
             os.umask(before)
         if group is not None:

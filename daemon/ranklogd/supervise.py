@@ -72,10 +72,7 @@ class ShipperProcess:
         self._pause_s = min(RESTART_S_MAX, self._pause_s * 2)
 
     def stop(self) -> None:
-        """Ask it to upload what it can and exit; returns at once. One that is down is started for that."""
-        if not self.pid:
-            self._start_at_s = 0.0
-            self.tend(self._started_s)
+        """Ask it to upload what it can and exit; returns at once. It must have reported before, else it just dies."""
         self._stopping = True
         if self.pid:
             os.kill(self.pid, signal.SIGTERM)

@@ -18,14 +18,16 @@ class Watch(FileSystemEventHandler):
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._observer = Observer()
         self._observer.daemon = True
-        self._waiting = list(directories)
-        self.add_missing()
-        self._observer.start()
+        self._seen: set[Path] = set()
+        self._observer.start()  # Before the directories: what cannot be watched then fails for itself alone.
+        self.follow(directories)
 
-    def add_missing(self) -> None:
-        """Begin to watch directories that exist by now."""
-        for directory in [d for d in self._waiting if d.is_dir()]:
-            self._waiting.remove(directory)
+    def follow(self, directories: list[Path]) -> None:
+        """Watch those of these directories that exist by now and are not watched yet."""
+        for directory in directories:
+            if directory in self._seen or not directory.is_dir():
+                continue
+            self._seen.add(directory)
             try:
                 self._observer.schedule(
                     self, str(directory), event_filter=[FileCreatedEvent, FileMovedEvent, FileClosedEvent]

@@ -31,8 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=FIGURES, metavar="NAME", help="measure only these; see --list")
     parser.add_argument("--list", action="store_true", help="print the names and what they measure")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON, too")
-    parser.add_argument("--dir", type=Path, default=Options.directory, help="on the disk to measure (default: %(default)s)")
-    parser.add_argument("--checkpoint-bytes", type=float, default=Options.checkpoint_bytes, help="size of the checkpoint written beside the trainer (default: 1e10)")
+    parser.add_argument(
+        "--dir", type=Path, default=Options.directory, help="on the disk to measure (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--checkpoint-bytes",
+        type=float,
+        default=Options.checkpoint_bytes,
+        help="size of the checkpoint written beside the trainer (default: 1e10)",
+    )
     arguments = parser.parse_args(argv)
     if arguments.list:
         for name, figure in FIGURES.items():
@@ -69,9 +76,13 @@ def measure(names: Sequence[str], options: Options) -> tuple[dict[str, Sequence[
 def machine(options: Options) -> dict[str, Any]:
     """Return what the digits depend on."""
     return {
-        "cores": len(os.sched_getaffinity(0)), "kernel": platform.release(), "python": platform.python_version(),
-        "load_1m": os.getloadavg()[0], "quick": options.quick, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }  # fmt: skip
+        "cores": len(os.sched_getaffinity(0)),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "load_1m": os.getloadavg()[0],
+        "quick": options.quick,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
 
 
 def _exit(number: int, _frame: object) -> None:

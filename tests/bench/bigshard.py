@@ -32,11 +32,19 @@ def write_series_shard(path: Path, *, steps: int, metrics: int) -> Written:
     ts = _EPOCH_US + np.cumsum(dice.integers(90_000, 110_000, steps))
     write_s = 0.0
     encodings = {"value": "BYTE_STREAM_SPLIT", **dict.fromkeys(_DELTA, "DELTA_BINARY_PACKED")}
-    file_schema = pa.schema([f.with_type(pa.dictionary(pa.int32(), pa.string())) if f.name in _STRINGS else f for f in SCHEMA])
+    file_schema = pa.schema(
+        [f.with_type(pa.dictionary(pa.int32(), pa.string())) if f.name in _STRINGS else f for f in SCHEMA]
+    )
     with pq.ParquetWriter(
-        path, file_schema, compression="zstd", compression_level=ZSTD_LEVEL, use_dictionary=_STRINGS,
-        column_encoding=encodings, write_page_index=True, store_schema=False,
-    ) as file:  # fmt: skip
+        path,
+        file_schema,
+        compression="zstd",
+        compression_level=ZSTD_LEVEL,
+        use_dictionary=_STRINGS,
+        column_encoding=encodings,
+        write_page_index=True,
+        store_schema=False,
+    ) as file:
         keys = sorted(f"train/metric_{number}" for number in range(metrics))
         for start in range(0, steps * metrics, ROW_GROUP_ROWS):
             rows = np.arange(start, min(start + ROW_GROUP_ROWS, steps * metrics))
@@ -58,13 +66,21 @@ def _columns(rows: Any, steps: int, ts: Any, keys: list[str], dice: Any) -> dict
 
     names = pa.array(keys[first_key : int(key[-1]) + 1])
     return {
-        "project": word("bench"), "run": word("series"), "writer": word("ab" * 16),
-        "seq": pa.array(step + 1), "lsn": pa.array(step + 2), "rank": pa.array(zeros), "role": word(""),
-        "node": word("node-1"), "attempt": pa.array(zeros), "uid": pa.array(zeros), "step": pa.array(step),
+        "project": word("bench"),
+        "run": word("series"),
+        "writer": word("ab" * 16),
+        "seq": pa.array(step + 1),
+        "lsn": pa.array(step + 2),
+        "rank": pa.array(zeros),
+        "role": word(""),
+        "node": word("node-1"),
+        "attempt": pa.array(zeros),
+        "uid": pa.array(zeros),
+        "step": pa.array(step),
         "ts": pa.array(ts[step]).cast(SCHEMA.field("ts").type),
         "recv_ts": pa.array(ts[step] + 20_000).cast(SCHEMA.field("ts").type),
         "kind": word("metrics"),
         "key": pa.DictionaryArray.from_arrays(pa.array((key - first_key).astype(np.int32)), names),
         "value": pa.array(dice.random(len(rows))),
         "text": pa.DictionaryArray.from_arrays(pa.nulls(len(rows), pa.int32()), pa.array([], pa.string())),
-    }  # fmt: skip
+    }

@@ -29,7 +29,11 @@ def ingest(options: Options) -> list[Row]:
     with private_node(options) as node:
         records, spent_s, ours = _saturate(node, str(node.root / "run/ranklog.sock"), node.ingest_pid, batches)
         floor_socket = str(node.root / "floor.sock")
-        server = subprocess.Popen([sys.executable, "-m", "bench.floor_server", floor_socket, str(node.root / "floor.wal")], env=node.env, cwd=node.root)
+        server = subprocess.Popen(
+            [sys.executable, "-m", "bench.floor_server", floor_socket, str(node.root / "floor.wal")],
+            env=node.env,
+            cwd=node.root,
+        )
         try:
             _, floor_s, bare = _saturate(node, floor_socket, server.pid, batches)
         finally:
@@ -37,12 +41,22 @@ def ingest(options: Options) -> list[Row]:
             server.wait()
     note = f"{records:,} records of 12 metrics from 8 sockets; {records / ours['took_s']:,.0f} records/s, the bare router {records / bare['took_s']:,.0f}"
     return [
-        Row(figure="ingest CPU per record, batches of 64", unit="µs", measured=spent_s / records * 1e6, floor=floor_s / records * 1e6, floor_name="bare router", budget=1.5, note=note)
-    ]  # fmt: skip
+        Row(
+            figure="ingest CPU per record, batches of 64",
+            unit="µs",
+            measured=spent_s / records * 1e6,
+            floor=floor_s / records * 1e6,
+            floor_name="bare router",
+            budget=1.5,
+            note=note,
+        )
+    ]
 
 
 def _saturate(node: Node, socket: str, pid: int, batches: int) -> tuple[int, float, dict[str, Any]]:
-    driver = Trainer(node, "saturate", module=_DRIVER, socket=socket, writers=8, batches=batches, records=64, metrics=12)
+    driver = Trainer(
+        node, "saturate", module=_DRIVER, socket=socket, writers=8, batches=batches, records=64, metrics=12
+    )
     driver.hear()
     spent_s = cpu_s(pid)
     driver.tell()
@@ -55,15 +69,31 @@ def _saturate(node: Node, socket: str, pid: int, batches: int) -> tuple[int, flo
 def ack_latency(options: Options) -> list[Row]:
     """Time from a batch's arrival to its ack at 1,600 records/s × 50 metrics, conversions running beside."""
     with private_node(options, RANKLOG_SEAL_AGE_S="2s") as node:
-        driver = Trainer(node, "pace", module=_DRIVER, socket=str(node.root / "run/ranklog.sock"), writers=8, batches=options.pick(150, 40), records=20, metrics=50, pace_s=0.1)
+        driver = Trainer(
+            node,
+            "pace",
+            module=_DRIVER,
+            socket=str(node.root / "run/ranklog.sock"),
+            writers=8,
+            batches=options.pick(150, 40),
+            records=20,
+            metrics=50,
+            pace_s=0.1,
+        )
         driver.go()
         said = driver.hear()
         driver.end()
     note = f"{said['calls']} batches of 20 records, 8 writers, 80 batches/s, a segment sealed and converted every 2 s; max {said['max'] / 1000:.0f} ms; {said['refused']} refused"
     return [
-        Row(figure=f"ack after arrival, 1,600 records/s × 50 metrics, {name}", unit="ms", measured=said[name] / 1000, budget=40 if name == "p99" else None, note=note if name == "p99" else "")
+        Row(
+            figure=f"ack after arrival, 1,600 records/s × 50 metrics, {name}",
+            unit="ms",
+            measured=said[name] / 1000,
+            budget=40 if name == "p99" else None,
+            note=note if name == "p99" else "",
+        )
         for name in ("p50", "p99")
-    ]  # fmt: skip
+    ]
 
 
 def writers_256(options: Options) -> list[Row]:
@@ -71,7 +101,9 @@ def writers_256(options: Options) -> list[Row]:
     seconds = options.pick(10, 3)
     each = WRITERS // PROCESSES
     with private_node(options) as node, ExitStack() as stack:
-        ranks = stack.enter_context(trainers(node, "many", PROCESSES, module="bench.many_writers", writers=each, seconds=seconds, rate=100))
+        ranks = stack.enter_context(
+            trainers(node, "many", PROCESSES, module="bench.many_writers", writers=each, seconds=seconds, rate=100)
+        )
         said = run_all(ranks)
         for rank in ranks:
             rank.end()
@@ -87,6 +119,14 @@ def writers_256(options: Options) -> list[Row]:
     )
     return [
         Row(figure="256 writers × 100 records/s, refused", unit="records", measured=refused, budget=0, note=note),
-        Row(figure="256 writers × 100 records/s, lost", unit="records", measured=found.missing + found.in_gaps, budget=0),
-        Row(figure="256 writers × 100 records/s, achieved", unit="records/s", measured=WRITERS * 100 * seconds / max(one["took_s"] for one in said), budget=25_500, at_least=True),
-    ]  # fmt: skip
+        Row(
+            figure="256 writers × 100 records/s, lost", unit="records", measured=found.missing + found.in_gaps, budget=0
+        ),
+        Row(
+            figure="256 writers × 100 records/s, achieved",
+            unit="records/s",
+            measured=WRITERS * 100 * seconds / max(one["took_s"] for one in said),
+            budget=25_500,
+            at_least=True,
+        ),
+    ]

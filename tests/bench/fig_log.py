@@ -34,11 +34,40 @@ def log_flat(options: Options) -> list[Row]:
     note = f"median of {len(runs)} processes of {count} calls each; floor: packb + crc32 + pwrite in tmpfs"
     alone = f"raw_write alone: p50 {middle('raw', 'p50'):.3g}, p99 {middle('raw', 'p99'):.3g}, max {middle('raw', 'max'):.3g} µs"
     return [
-        Row(figure="log() flat out, p50", unit="µs", measured=middle("log", "p50"), floor=middle("pwrite", "p50"), floor_name="pwrite", budget=1.5, of_floor=True, note=note),
-        Row(figure="log() flat out, p99", unit="µs", measured=middle("log", "p99"), floor=middle("pwrite", "p99"), floor_name="pwrite", budget=60),
-        Row(figure="log() flat out, max", unit="µs", measured=middle("log", "max"), floor=middle("pwrite", "max"), floor_name="pwrite", note=alone),
-        Row(figure="log() flat out beside raw_write, p50", unit="µs", measured=middle("log", "p50"), floor=middle("raw", "p50"), floor_name="raw_write"),
-    ]  # fmt: skip
+        Row(
+            figure="log() flat out, p50",
+            unit="µs",
+            measured=middle("log", "p50"),
+            floor=middle("pwrite", "p50"),
+            floor_name="pwrite",
+            budget=1.5,
+            of_floor=True,
+            note=note,
+        ),
+        Row(
+            figure="log() flat out, p99",
+            unit="µs",
+            measured=middle("log", "p99"),
+            floor=middle("pwrite", "p99"),
+            floor_name="pwrite",
+            budget=60,
+        ),
+        Row(
+            figure="log() flat out, max",
+            unit="µs",
+            measured=middle("log", "max"),
+            floor=middle("pwrite", "max"),
+            floor_name="pwrite",
+            note=alone,
+        ),
+        Row(
+            figure="log() flat out beside raw_write, p50",
+            unit="µs",
+            measured=middle("log", "p50"),
+            floor=middle("raw", "p50"),
+            floor_name="raw_write",
+        ),
+    ]
 
 
 def log_paced(options: Options) -> list[Row]:
@@ -54,7 +83,9 @@ def log_checkpoint(options: Options) -> list[Row]:
     """The same beside a checkpoint that is written to the disk of spool, state and raw_write."""
     size = options.pick(options.checkpoint_bytes, min(options.checkpoint_bytes, 2_000_000_000))
     if shutil.disk_usage(options.directory).free < 2 * size + (4 << 30):
-        raise Skipped(f"needs {2 * size / 1e9:.0f} GB free below {options.directory}, and 4 GB to spare; see --checkpoint-bytes")
+        raise Skipped(
+            f"needs {2 * size / 1e9:.0f} GB free below {options.directory}, and 4 GB to spare; see --checkpoint-bytes"
+        )
     said = ""
 
     @contextmanager
@@ -81,7 +112,11 @@ def log_frozen_disk(options: Options) -> list[Row]:
 
 
 def _blocks(
-    options: Options, node: Node, arrange: Callable[[Node], AbstractContextManager[None]], blocks: int = 0, calls: int = 100
+    options: Options,
+    node: Node,
+    arrange: Callable[[Node], AbstractContextManager[None]],
+    blocks: int = 0,
+    calls: int = 100,
 ) -> tuple[dict[str, Any], str]:
     """Measure while `arrange` holds; return the latencies and what became of the records afterwards."""
     blocks = blocks or options.pick(12, 3)
@@ -93,7 +128,10 @@ def _blocks(
         last = rank.end()
     node.bring_in()
     found = account(node.store, {0: last["logged"]})
-    return measured, f"lost {found.missing + found.in_gaps} of {last['logged']}, doubled {found.doubled}, refused {last['refused']}"
+    return (
+        measured,
+        f"lost {found.missing + found.in_gaps} of {last['logged']}, doubled {found.doubled}, refused {last['refused']}",
+    )
 
 
 @contextmanager
@@ -116,14 +154,20 @@ def _sigstopped(node: Node) -> Iterator[None]:
 
 def _paced_rows(what: str, measured: dict[str, Any], lost: str, more: str = "") -> list[Row]:
     log, raw = measured["log"], measured["raw"]
-    note = f"{log['calls']} calls of each, alternating blocks of 100 or 200; max {log['max']:,.0f} µs, raw_write's {raw['max']:,.0f}; {lost}"
+    note = f"{log['calls']} calls of each in alternating blocks; max {log['max']:,.0f} µs, raw_write's {raw['max']:,.0f}; {lost}"
     return [
         Row(
-            figure=f"log() paced, {what}, {name}", unit="µs", measured=log[name], floor=raw[name], floor_name="raw_write",
-            budget=budget, of_floor=True, note="; ".join(filter(None, [note, more])) if name == "p99" else "",
+            figure=f"log() paced, {what}, {name}",
+            unit="µs",
+            measured=log[name],
+            floor=raw[name],
+            floor_name="raw_write",
+            budget=budget,
+            of_floor=True,
+            note="; ".join(filter(None, [note, more])) if name == "p99" else "",
         )
         for name, budget in (("p50", P50_RATIO), ("p99", P99_RATIO))
-    ]  # fmt: skip
+    ]
 
 
 def log_cpu(options: Options) -> list[Row]:
@@ -134,14 +178,29 @@ def log_cpu(options: Options) -> list[Row]:
         for number in range(options.pick(5, 2)):
             order = list(spent) if number % 2 else list(reversed(spent))
             for kind in order:
-                rank = Trainer(node, "cpu", kind=kind, count=count, rank=0, world=1, run=f"cpu-{kind}-{number}", raw_path=str(node.root / "raw"))
+                rank = Trainer(
+                    node,
+                    "cpu",
+                    kind=kind,
+                    count=count,
+                    rank=0,
+                    world=1,
+                    run=f"cpu-{kind}-{number}",
+                    raw_path=str(node.root / "raw"),
+                )
                 rank.go()
                 spent[kind].append(rank.hear()["cpu_s"] / count * 1e6)
                 rank.end()
     null, raw, log = (statistics.median(spent[kind]) for kind in ("null", "raw", "log"))
     return [
         Row(
-            figure="trainer CPU per paced call, all threads", unit="µs", measured=log - null, floor=raw - null, floor_name="raw_write",
-            budget=2.0, of_floor=True, note=f"median of {len(spent['log'])} processes of {count} calls, {null:.3g} µs of harness subtracted; load {os.getloadavg()[0]:.1f}",
+            figure="trainer CPU per paced call, all threads",
+            unit="µs",
+            measured=log - null,
+            floor=raw - null,
+            floor_name="raw_write",
+            budget=2.0,
+            of_floor=True,
+            note=f"median of {len(spent['log'])} processes of {count} calls, {null:.3g} µs of harness subtracted; load {os.getloadavg()[0]:.1f}",
         )
-    ]  # fmt: skip
+    ]

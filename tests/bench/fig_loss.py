@@ -44,7 +44,9 @@ def killed_trainer(options: Options) -> list[Row]:
                 lost, returned, doubled = lost + found.missing, returned + count, doubled + found.doubled
                 lost += found.in_gaps if pace_s else 0
         note = f"{returned:,} calls had returned in {rounds} processes; {doubled} rows doubled"
-        rows.append(Row(figure=f"trainer killed -9 {name}, records lost", unit="records", measured=lost, budget=0, note=note))
+        rows.append(
+            Row(figure=f"trainer killed -9 {name}, records lost", unit="records", measured=lost, budget=0, note=note)
+        )
     return rows
 
 
@@ -80,14 +82,20 @@ def disk_full(options: Options) -> list[Row]:
     rows = []
     with small_tmpfs(_DISK_BYTES) as disk:
         small = {"RANKLOG_JOURNAL_SIZE_BYTES": "128K", "RANKLOG_JOURNAL_FILE_SIZE_BYTES": "32K"}
-        for name, count, freed, more in (("stays full", 700, False, {}), ("stays full, journal of 128 KB", 1000, False, small), ("full for 2 s", 1000, True, {})):
+        for name, count, freed, more in (
+            ("stays full", 700, False, {}),
+            ("stays full, journal of 128 KB", 1000, False, small),
+            ("full for 2 s", 1000, True, {}),
+        ):
             said, found = _fill_and_count(options, disk, count, freed=freed, **more)
             budget_lost = 0 if "128" not in name else None
             rows += _rows(f"disk {name}", said, found, count, budget_lost=budget_lost)
     return rows
 
 
-def _fill_and_count(options: Options, disk: Path, count: int, *, freed: bool, **variables: str) -> tuple[dict[str, Any], Account]:
+def _fill_and_count(
+    options: Options, disk: Path, count: int, *, freed: bool, **variables: str
+) -> tuple[dict[str, Any], Account]:
     filler = disk / "filler"
     with private_node(options, disk=disk, RANKLOG_DISK_FREE_MIN_BYTES="16M", **variables) as node:
 
@@ -109,7 +117,13 @@ def _interrupted(
 ) -> tuple[dict[str, Any], Account]:
     """Log `count` records paced, call `trouble` at record `at`, `repair` after the process is gone; count what is there."""
     counter = node.shm / "counter"
-    arguments = {"pace_s": PACE_S, "count": count, "counter": str(counter), "raw_path": str(node.root / "raw"), "finish_s": 5}
+    arguments = {
+        "pace_s": PACE_S,
+        "count": count,
+        "counter": str(counter),
+        "raw_path": str(node.root / "raw"),
+        "finish_s": 5,
+    }
     with trainers(node, "counted", 1, **arguments) as (rank,):
         rank.go()
         _await_count(rank, counter, at)
@@ -134,7 +148,21 @@ def _rows(what: str, said: dict[str, Any], found: Account, count: int, budget_lo
     )
     return [
         Row(figure=f"{what}, log() raised", unit="calls", measured=said["raised"], budget=0, note=note),
-        Row(figure=f"{what}, silently lost or doubled", unit="records", measured=found.missing + found.doubled, budget=0),
-        Row(figure=f"{what}, lost and accounted for by a gap", unit="records", measured=found.in_gaps, budget=budget_lost),
-        Row(figure=f"{what}, longest call", unit="ms", measured=said["log"]["max"] / 1000, floor=said["raw"]["max"] / 1000, floor_name="raw_write", budget=LONGEST_MS),
-    ]  # fmt: skip
+        Row(
+            figure=f"{what}, silently lost or doubled", unit="records", measured=found.missing + found.doubled, budget=0
+        ),
+        Row(
+            figure=f"{what}, lost and accounted for by a gap",
+            unit="records",
+            measured=found.in_gaps,
+            budget=budget_lost,
+        ),
+        Row(
+            figure=f"{what}, longest call",
+            unit="ms",
+            measured=said["log"]["max"] / 1000,
+            floor=said["raw"]["max"] / 1000,
+            floor_name="raw_write",
+            budget=LONGEST_MS,
+        ),
+    ]

@@ -14,7 +14,8 @@ from bench.trainers import run_all, trainers
 
 def _flat_out(options: Options, node: Node, ranks: int, count: int) -> dict[str, Any]:
     """Let `ranks` processes log `count` records each, flat out; return rates, CPU and what is in the store."""
-    with trainers(node, "flat", ranks, count=count, **({"floor_dir": str(node.root)} if ranks == 1 else {})) as rank_list:
+    floor = {"floor_dir": str(node.root)} if ranks == 1 else {}
+    with trainers(node, "flat", ranks, count=count, distinct=count, **floor) as rank_list:
         for rank in rank_list:
             rank.hear()
         daemon_s = cpu_s(node.ingest_pid), cpu_s(node.shipper_pid)
@@ -30,8 +31,10 @@ def _flat_out(options: Options, node: Node, ranks: int, count: int) -> dict[str,
     began_s = min(one["began_s"] for one in said)
     client_s = sum(one["cpu_s"] for one in said)
     return {
-        "said": said, "found": found,
-        "parquet_rate": total / (uploaded_s - began_s), "durable_rate": total / (max(one["durable_s"] for one in said) - began_s),
+        "said": said,
+        "found": found,
+        "parquet_rate": total / (uploaded_s - began_s),
+        "durable_rate": total / (max(one["durable_s"] for one in said) - began_s),
         "cpu_per_1k": (client_s + ingest_s + shipper_s) / total * 1000,
         "note": (
             f"{total:,} records of {ranks} process{'es' * (ranks > 1)}; logged after {max(one['logged_s'] for one in said) - began_s:.2f} s, "
@@ -39,7 +42,7 @@ def _flat_out(options: Options, node: Node, ranks: int, count: int) -> dict[str,
             f"shipper {shipper_s / total * 1e6:.1f}; found {found.records:,} records, missing {found.missing}, in gaps {found.in_gaps}, "
             f"doubled {found.doubled}, refused {sum(one['refused'] for one in said)}"
         ),
-    }  # fmt: skip
+    }
 
 
 def parquet_one(options: Options) -> list[Row]:
@@ -54,10 +57,26 @@ def parquet_one(options: Options) -> list[Row]:
     floor_rate, floor_cpu = count / (said["raw_s"] + arrow_s), (said["raw_cpu_s"] + arrow_cpu_s) / count * 1000
     name = "raw_write + pyarrow"
     return [
-        Row(figure="one process flat out, log() to readable parquet", unit="records/s", measured=result["parquet_rate"], floor=floor_rate, floor_name=name, budget=60_000, at_least=True, note=result["note"]),
-        Row(figure="one process flat out, CPU s per 1k records, all processes", unit="s", measured=result["cpu_per_1k"], floor=floor_cpu, floor_name=name, budget=0.03),
+        Row(
+            figure="one process flat out, log() to readable parquet",
+            unit="records/s",
+            measured=result["parquet_rate"],
+            floor=floor_rate,
+            floor_name=name,
+            budget=60_000,
+            at_least=True,
+            note=result["note"],
+        ),
+        Row(
+            figure="one process flat out, CPU s per 1k records, all processes",
+            unit="s",
+            measured=result["cpu_per_1k"],
+            floor=floor_cpu,
+            floor_name=name,
+            budget=0.03,
+        ),
         _whole("one process flat out", result),
-    ]  # fmt: skip
+    ]
 
 
 def parquet_eight(options: Options) -> list[Row]:
@@ -66,11 +85,24 @@ def parquet_eight(options: Options) -> list[Row]:
     with private_node(options) as node:
         result = _flat_out(options, node, 8, count)
     return [
-        Row(figure="8 ranks flat out, log() to readable parquet", unit="records/s", measured=result["parquet_rate"], budget=60_000, at_least=True, note=result["note"]),
-        Row(figure="8 ranks flat out, log() to durable ack", unit="records/s", measured=result["durable_rate"], budget=200_000, at_least=True),
+        Row(
+            figure="8 ranks flat out, log() to readable parquet",
+            unit="records/s",
+            measured=result["parquet_rate"],
+            budget=60_000,
+            at_least=True,
+            note=result["note"],
+        ),
+        Row(
+            figure="8 ranks flat out, log() to durable ack",
+            unit="records/s",
+            measured=result["durable_rate"],
+            budget=200_000,
+            at_least=True,
+        ),
         Row(figure="8 ranks flat out, CPU s per 1k records, all processes", unit="s", measured=result["cpu_per_1k"]),
         _whole("8 ranks flat out", result),
-    ]  # fmt: skip
+    ]
 
 
 def _whole(what: str, result: dict[str, Any]) -> Row:
@@ -86,7 +118,8 @@ def shard_bytes(options: Options) -> list[Row]:
         count = options.pick(count, min(count, 500))
         # One seal for all of it: an age that ends in the middle would measure two half shards.
         with private_node(options, RANKLOG_SEAL_AGE_S="60s") as node:
-            with trainers(node, "counted", 8, pace_s=1 / pace, count=count, counter=str(node.shm / "counter")) as ranks:
+            sizes = {"pace_s": 1 / pace, "count": count, "distinct": count, "flush": True}
+            with trainers(node, "counted", 8, counter=str(node.shm / "counter"), **sizes) as ranks:
                 run_all(ranks)
                 node.flush()
                 found = account(node.store, {rank: count for rank in range(8)})
@@ -97,9 +130,14 @@ def shard_bytes(options: Options) -> list[Row]:
         note = f"{found.records} records, {found.shards} shard; floor: one wide file of the same values by pyarrow's best encodings"
         rows.append(
             Row(
-                figure=f"bytes per record, fresh shard of 8 × {pace}/s × {seconds:g} s", unit="bytes", measured=found.size_bytes / found.records,
-                floor=wide / (8 * count), floor_name="wide", budget=80, note=note,
-            )  # fmt: skip
+                figure=f"bytes per record, fresh shard of 8 × {pace}/s × {seconds:g} s",
+                unit="bytes",
+                measured=found.size_bytes / found.records,
+                floor=wide / (8 * count),
+                floor_name="wide",
+                budget=80,
+                note=note,
+            )
         )
     return rows
 
@@ -110,7 +148,11 @@ def _wide(records: int) -> Any:
 
     steps = np.arange(records) // 8
     jitter = np.random.default_rng(1).integers(0, 1000, records)
-    columns: dict[str, Any] = {"step": steps, "rank": (np.arange(records) % 8).astype(np.int32), "ts": steps * 100_000 + jitter}
+    columns: dict[str, Any] = {
+        "step": steps,
+        "rank": (np.arange(records) % 8).astype(np.int32),
+        "ts": steps * 100_000 + jitter,
+    }
     record = make_records(count=records)
     return pa.table(columns | {key: [one[key] for one in record] for key in record[0]})
 
@@ -123,6 +165,14 @@ def convert(options: Options) -> list[Row]:
     floor = figures["raw_parquet_us_per_value"]
     note = "; ".join(f"{name} {figure:g}" for name, figure in figures.items())
     return [
-        Row(figure=f"shipper CPU per value, {metrics} metrics", unit="µs", measured=figures[f"us_per_value_{metrics}"], floor=floor, floor_name="one plain double column", budget=budget, note=note)
+        Row(
+            figure=f"shipper CPU per value, {metrics} metrics",
+            unit="µs",
+            measured=figures[f"us_per_value_{metrics}"],
+            floor=floor,
+            floor_name="one plain double column",
+            budget=budget,
+            note=note,
+        )
         for metrics, budget in ((50, 0.5), (12, 0.9))
-    ]  # fmt: skip
+    ]

@@ -29,10 +29,15 @@ def series(options: Options) -> list[Row]:
     )
     return [
         Row(
-            figure=f"one metric of one run out of {written.rows / 1e6:g} M values, warm, DuckDB", unit="ms", measured=statistics.median(took),
-            floor=floor, floor_name="pyarrow", budget=60, note=note,
+            figure=f"one metric of one run out of {written.rows / 1e6:g} M values, warm, DuckDB",
+            unit="ms",
+            measured=statistics.median(took),
+            floor=floor,
+            floor_name="pyarrow",
+            budget=60,
+            note=note,
         )
-    ]  # fmt: skip
+    ]
 
 
 def _query(path: Path, steps: int) -> list[float]:
@@ -41,7 +46,9 @@ def _query(path: Path, steps: int) -> list[float]:
     took = []
     for number in range(12):
         began = time.perf_counter()
-        table = con.sql(f"SELECT step, value FROM read_parquet('{path}') WHERE run = 'series' AND kind = 'metrics' AND key = 'train/metric_17'").to_arrow_table()
+        table = con.sql(
+            f"SELECT step, value FROM read_parquet('{path}') WHERE run = 'series' AND kind = 'metrics' AND key = 'train/metric_17'"
+        ).to_arrow_table()
         if number > 1:
             took.append((time.perf_counter() - began) * 1000)
         assert table.num_rows == steps, table.num_rows

@@ -1,6 +1,6 @@
 """The floor of ingest: a router that receives, checks crc32, appends, syncs every 20 ms and acknowledges; no rules at all.
 
-    python -m bench.floor_server SOCKET FILE
+python -m bench.floor_server SOCKET FILE
 """
 
 import os
@@ -29,7 +29,9 @@ def main(path: str, file: str) -> None:
             identity, header, body = socket.recv_multipart()
             kind, *fields = msgpack.unpackb(header)
             if kind == wire.Type.HELLO:
-                socket.send_multipart([identity, wire.encode(wire.Type.WELCOME, wire.VERSION, fields[2], 1, "", "", "", wire.CREDIT)])
+                socket.send_multipart(
+                    [identity, wire.encode(wire.Type.WELCOME, wire.VERSION, fields[2], 1, "", "", "", wire.CREDIT)]
+                )
             elif kind == wire.Type.BATCH and zlib.crc32(body) == fields[3]:
                 pending.append(body)
                 acks.append((identity, fields[0], fields[1] + fields[2] - 1))

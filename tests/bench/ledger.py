@@ -36,9 +36,16 @@ def account(store: Path, returned: dict[int, int], run: str = "bench-run") -> Ac
     if not files:
         return Account(0, 0, 0, 0, sum(returned.values()), 0, 0)
     con = duckdb.connect()
-    con.execute("CREATE VIEW r AS SELECT * FROM read_parquet(?::VARCHAR[], hive_partitioning = false)".replace("?::VARCHAR[]", _list(files)))
+    con.execute(
+        "CREATE VIEW r AS SELECT * FROM read_parquet(?::VARCHAR[], hive_partitioning = false)".replace(
+            "?::VARCHAR[]", _list(files)
+        )
+    )
     metrics = f"FROM r WHERE run = '{run}' AND kind = 'metrics'"
-    rows, distinct_rows = con.execute(f"SELECT count(*), count(DISTINCT (writer, seq, key)) {metrics}").fetchone() or (0, 0)
+    rows, distinct_rows = con.execute(f"SELECT count(*), count(DISTINCT (writer, seq, key)) {metrics}").fetchone() or (
+        0,
+        0,
+    )
     records = (con.execute(f"SELECT count(DISTINCT (writer, seq)) {metrics}").fetchone() or (0,))[0]
     in_gaps = missing = 0
     gaps: dict[int, set[int]] = {}

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 Record = dict[str, float]
 
 PACE_S = 1 / 200
-_DISTINCT = 512
+DISTINCT = 512
 
 
-def make_records(metrics: int = 12, count: int = _DISTINCT, seed: int = 1) -> list[Record]:
+def make_records(metrics: int = 12, count: int = DISTINCT, seed: int = 1) -> list[Record]:
     """Return records of random mantissas with equal keys, which is what the same line of a script logs."""
     dice = random.Random(seed)
     keys = [f"train/metric_{number}" for number in range(metrics)]

@@ -34,10 +34,17 @@ def many(arguments: dict[str, Any]) -> None:
     machine = this_machine()
     first = Start(writer="0" * 32, project="bench", run="bench-run", node=machine.hostname, boot=machine.boot_id)
     first = dataclasses.replace(
-        first, world_size=each * arguments["world"], pid=os.getpid(), pid_start=process_start(os.getpid()) or 0, pid_ns=machine.pid_ns
+        first,
+        world_size=each * arguments["world"],
+        pid=os.getpid(),
+        pid_start=process_start(os.getpid()) or 0,
+        pid_ns=machine.pid_ns,
     )
     ranks = range(arguments["rank"] * each, (arguments["rank"] + 1) * each)
-    writers = [Writer(dataclasses.replace(first, writer=os.urandom(16).hex(), rank=rank), settings, found, warn) for rank in ranks]
+    writers = [
+        Writer(dataclasses.replace(first, writer=os.urandom(16).hex(), rank=rank), settings, found, warn)
+        for rank in ranks
+    ]
     deadline_s = time.monotonic() + 30
     connected = sum(writer.connects(max(0.0, deadline_s - time.monotonic())) for writer in writers)
     assert connected == each, f"{connected} of {each} writers are connected"
@@ -51,7 +58,12 @@ def many(arguments: dict[str, Any]) -> None:
             took.append(time.perf_counter_ns() - began)
     logged_s = time.monotonic()
     durable = all(writer.flush(60) for writer in writers)
-    said = {"log": load.latency(took), "took_s": logged_s - began_s, "durable_s": time.monotonic() - logged_s, "durable": durable}
+    said = {
+        "log": load.latency(took),
+        "took_s": logged_s - began_s,
+        "durable_s": time.monotonic() - logged_s,
+        "durable": durable,
+    }
     say(said | {"refused": sum(writer.refused for writer in writers)})
     for writer in writers:
         writer.end(0)

@@ -56,24 +56,32 @@ class Node:
         self.shm = shm
         self.store = root / "data"
         self.log = root / "log"
-        keep = {k: v for k, v in os.environ.items() if not k.startswith(("RANKLOG_", "SLURM_", "OMPI_", "TORCHELASTIC_"))}
-        self.env = keep | {
-            "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("client", "daemon", "tests")),
-            "RANKLOG_RUNTIME_DIR": str(root / "run"),
-            "RANKLOG_STATE_DIR": str(disk / "state"),
-            "RANKLOG_SPOOL_DIR": str(disk / "spool"),
-            "RANKLOG_JOURNAL_DIR": str(shm),
-            "RANKLOG_TO": str(self.store),
-            "RANKLOG_PROJECT": "bench",
-            "RANKLOG_LOG_LEVEL": "warning",
-        } | variables  # fmt: skip
+        keep = {
+            k: v for k, v in os.environ.items() if not k.startswith(("RANKLOG_", "SLURM_", "OMPI_", "TORCHELASTIC_"))
+        }
+        self.env = (
+            keep
+            | {
+                "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("client", "daemon", "tests")),
+                "RANKLOG_RUNTIME_DIR": str(root / "run"),
+                "RANKLOG_STATE_DIR": str(disk / "state"),
+                "RANKLOG_SPOOL_DIR": str(disk / "spool"),
+                "RANKLOG_JOURNAL_DIR": str(shm),
+                "RANKLOG_TO": str(self.store),
+                "RANKLOG_PROJECT": "bench",
+                "RANKLOG_LOG_LEVEL": "warning",
+            }
+            | variables
+        )
         self.settings = Settings.from_env(self.env)
         self._daemon: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start the daemon and wait until it answers; raises NoDaemon if it does not."""
         with self.log.open("ab") as out:
-            self._daemon = subprocess.Popen([sys.executable, "-m", "ranklogd"], env=self.env, stderr=out, stdout=out, cwd=self.root)
+            self._daemon = subprocess.Popen(
+                [sys.executable, "-m", "ranklogd"], env=self.env, stderr=out, stdout=out, cwd=self.root
+            )
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             try:
@@ -133,7 +141,9 @@ class Node:
     def left_behind(self) -> list[Path]:
         """Return journal and spool files that nobody has taken yet."""
         rooms = [self.shm, Path(self.env["RANKLOG_SPOOL_DIR"])]
-        return [path for room in rooms if room.is_dir() for path in room.iterdir() if path.suffix in (".journal", ".spool")]
+        return [
+            path for room in rooms if room.is_dir() for path in room.iterdir() if path.suffix in (".journal", ".spool")
+        ]
 
     def stop(self) -> None:
         """End the daemon whatever state it is in."""

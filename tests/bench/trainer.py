@@ -68,7 +68,9 @@ def flat(arguments: Arguments) -> None:
     import ranklog
     from bench import floors
 
-    records, count = load.make_records(), arguments["count"]
+    count = arguments["count"]
+    # For rates into parquet no value may come twice: a compressor would find it.
+    records = load.make_records(count=arguments.get("distinct", load.DISTINCT), seed=arguments["rank"])
     run = start_run(arguments)
     load.paced(ranklog.log, records, 20, 0.01)
     ranklog.flush()
@@ -80,9 +82,15 @@ def flat(arguments: Arguments) -> None:
     durable = ranklog.flush(120)
     durable_s = time.monotonic()
     said: dict[str, Any] = {
-        "log": load.latency(took), "began_s": began_s, "logged_s": logged_s, "durable_s": durable_s, "durable": durable,
-        "cpu_s": time.process_time() - cpu_s, "refused": run._writer.refused, "logged": run._writer.written - before,
-    }  # fmt: skip
+        "log": load.latency(took),
+        "began_s": began_s,
+        "logged_s": logged_s,
+        "durable_s": durable_s,
+        "durable": durable,
+        "cpu_s": time.process_time() - cpu_s,
+        "refused": run._writer.refused,
+        "logged": run._writer.written - before,
+    }
     if "floor_dir" in arguments:
         room = Path(arguments["floor_dir"])
         pwrite = floors.packed_pwrite(Path(os.environ["RANKLOG_JOURNAL_DIR"]) / "floor", 32 << 20)
@@ -166,7 +174,8 @@ def counted(arguments: Arguments) -> None:
     """
     import ranklog
 
-    records, pace_s = load.make_records(), arguments["pace_s"]
+    pace_s = arguments["pace_s"]
+    records = load.make_records(count=arguments.get("distinct", load.DISTINCT), seed=arguments["rank"])
     counter = memoryview(shared_counter(Path(arguments["counter"]))).cast("Q")
     raw: Callable[[Record], object] | None = None
     if arguments.get("raw_path"):
@@ -197,6 +206,8 @@ def counted(arguments: Arguments) -> None:
             except OSError:
                 raw_raised += 1
             raw_took.append(time.perf_counter_ns() - began)
+    if arguments.get("flush"):
+        ranklog.flush(60)
     logged = {"log": load.latency(took), "raised": raised, "refused": run._writer.refused}
     say(logged | ({"raw": load.latency(raw_took), "raw_raised": raw_raised} if raw is not None else {}))
     began_s = time.monotonic()

@@ -1,7 +1,7 @@
 """The parent's end of a measured process (`bench.trainer`): start it, let it go, hear its figures, end it.
 
-    child   ready ──────▶ … measure … {json} ──────▶ … finish … {json} ─▶ exit
-    parent        go ──▶                     end ──▶
+child   ready ──────▶ … measure … {json} ──────▶ … finish … {json} ─▶ exit
+parent        go ──▶                     end ──▶
 """
 
 import json
@@ -24,8 +24,12 @@ class Trainer:
         with (node.root / f"{what}.log").open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", module, what, json.dumps(arguments)],
-                env=node.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, cwd=node.root,
-            )  # fmt: skip
+                env=node.env,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                cwd=node.root,
+            )
         self._what = what
         self._rest = b""
 
@@ -73,7 +77,9 @@ class Trainer:
 
 
 @contextmanager
-def trainers(node: Node, what: str, world: int, *, module: str = "bench.trainer", **arguments: Any) -> Iterator[list[Trainer]]:
+def trainers(
+    node: Node, what: str, world: int, *, module: str = "bench.trainer", **arguments: Any
+) -> Iterator[list[Trainer]]:
     """Give `world` measured processes, ranks 0 to world - 1 of one run; kills what is left of them afterwards."""
     ranks = [Trainer(node, what, module=module, rank=rank, world=world, **arguments) for rank in range(world)]
     try:

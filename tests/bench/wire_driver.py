@@ -36,7 +36,9 @@ class Writer:
         self.socket.connect(f"ipc://{arguments['socket']}")
         start = Start(writer=self.id.hex(), project="bench", run="wire", rank=rank, world_size=arguments["writers"])
         self.batches = make_batches(rank, arguments["batches"], self.records, arguments["metrics"])
-        self.socket.send_multipart([wire.encode(wire.Type.HELLO, wire.VERSION_MIN, wire.VERSION, self.id, 1), encode_start(start)])
+        self.socket.send_multipart(
+            [wire.encode(wire.Type.HELLO, wire.VERSION_MIN, wire.VERSION, self.id, 1), encode_start(start)]
+        )
         kind = self.hear()[0]
         assert kind == wire.Type.WELCOME, kind
 
@@ -49,7 +51,9 @@ class Writer:
     def send(self) -> None:
         """Send the next batch."""
         frames = self.batches[self.sent]
-        header = wire.encode(wire.Type.BATCH, self.id, 1 + self.sent * self.records, self.records, zlib.crc32(frames), False)
+        header = wire.encode(
+            wire.Type.BATCH, self.id, 1 + self.sent * self.records, self.records, zlib.crc32(frames), False
+        )
         self.socket.send_multipart([header, frames], copy=False)
         self.sent += 1
 
@@ -68,7 +72,12 @@ def make_batches(rank: int, batches: int, size: int, metrics: int) -> list[bytes
     made = []
     for number in range(batches):
         seqs = range(1 + number * size, 1 + (number + 1) * size)
-        made.append(b"".join(encode_frame(pack((int(Kind.METRICS), seq, clock + seq * 1_000_000, seq - 1, records[seq % 64]))) for seq in seqs))
+        made.append(
+            b"".join(
+                encode_frame(pack((int(Kind.METRICS), seq, clock + seq * 1_000_000, seq - 1, records[seq % 64])))
+                for seq in seqs
+            )
+        )
     return made
 
 

@@ -6,11 +6,11 @@ import subprocess
 import sys
 
 import pytest
-from cli import environment, ranklog
-from shards import records, write_shard, writer
 
+from cli import environment, ranklog
 from ranklog.cli import COMMANDS, main
 from ranklog.version import __version__
+from shards import records, write_shard, writer
 
 A = writer("a")
 
@@ -44,7 +44,9 @@ def test_no_command_is_wrong_usage_and_shows_the_help(tmp_path):
     assert "usage: ranklog COMMAND" in done.stderr
 
 
-@pytest.mark.parametrize(("name", "hint"), [("qurey", "Did you mean 'query'?"), ("--jsno", "ranklog --help"), ("zzz", "Commands: demo")])
+@pytest.mark.parametrize(
+    ("name", "hint"), [("qurey", "Did you mean 'query'?"), ("--jsno", "ranklog --help"), ("zzz", "Commands: demo")]
+)
 def test_an_unknown_command_is_wrong_usage_with_a_suggestion(tmp_path, name, hint):
     done = ranklog(name, home=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
@@ -63,7 +65,9 @@ def test_a_commands_own_help_needs_no_extra_and_names_the_exit_codes(tmp_path, n
         assert "exit codes:" in done.stdout
 
 
-@pytest.mark.parametrize("arguments", [["ls", "--frobnicate"], ["query"], ["tail", "-n", "x"], ["query", "--form", "csv", "x"]])
+@pytest.mark.parametrize(
+    "arguments", [["ls", "--frobnicate"], ["query"], ["tail", "-n", "x"], ["query", "--form", "csv", "x"]]
+)
 def test_wrong_arguments_exit_with_2(tmp_path, arguments):
     done = ranklog(*arguments, home=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
@@ -86,7 +90,9 @@ def test_a_missing_package_becomes_the_pip_line_and_exit_2(tmp_path, package, ar
 @pytest.mark.parametrize("package", ["duckdb", "pyarrow"])
 def test_read_without_its_extra_names_the_pip_line(tmp_path, package):
     code = f"import sys; sys.modules[{package!r}] = None; import ranklog; ranklog.read({str(tmp_path)!r})"
-    done = subprocess.run([sys.executable, "-c", code], env=environment(tmp_path), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(tmp_path), capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
         f"ranklog.errors.MissingExtra: ranklog.read() needs the package {package!r}, which is not installed. "
@@ -97,10 +103,12 @@ def test_read_without_its_extra_names_the_pip_line(tmp_path, package):
 @pytest.mark.parametrize("package", ["pyarrow", "msgspec", "numpy", "watchdog", "huggingface_hub", "psutil"])
 def test_ranklogd_without_its_extra_names_the_pip_line(tmp_path, package):
     code = f"import sys; sys.modules[{package!r}] = None; from ranklog.cli import main_daemon; sys.exit(main_daemon())"
-    done = subprocess.run([sys.executable, "-c", code], env=environment(tmp_path), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(tmp_path), capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 2
     assert done.stderr == (
-        f"ranklog: ranklogd needs the package {package!r}, which is not installed. " 'Run: pip install "ranklog[daemon]"\n'
+        f'ranklog: ranklogd needs the package {package!r}, which is not installed. Run: pip install "ranklog[daemon]"\n'
     )
 
 
@@ -111,7 +119,9 @@ def test_looking_for_the_daemons_packages_loads_none_of_them(tmp_path):
         "except SystemExit: pass\n"
         "print([m for m in ('pyarrow', 'huggingface_hub') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], env=environment(tmp_path), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(tmp_path), capture_output=True, text=True, timeout=60
+    )
     assert done.stdout.splitlines()[-1] == "[]"
 
 
@@ -120,7 +130,9 @@ def test_the_frame_loads_nothing_heavy(tmp_path):
         "import sys; from ranklog.cli import main; main(['--help']); heavy = ['argparse', 'zmq', 'pyarrow', 'duckdb', "
         "'numpy', 'asyncio', 'huggingface_hub', 'difflib']; print([m for m in heavy if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], env=environment(tmp_path), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(tmp_path), capture_output=True, text=True, timeout=60
+    )
     assert done.stdout.splitlines()[-1] == "[]"
 
 
@@ -146,7 +158,17 @@ def test_main_returns_the_code_to_a_caller_in_process(capsys):
 
 
 def test_a_reader_that_goes_away_is_no_error_to_talk_about(tmp_path):
-    command = [sys.executable, "-m", "ranklog.cli", "query", "FROM range(100000000)", "--format", "csv", "--to", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "ranklog.cli",
+        "query",
+        "FROM range(100000000)",
+        "--format",
+        "csv",
+        "--to",
+        str(tmp_path),
+    ]
     with subprocess.Popen(
         command, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -159,7 +181,9 @@ def test_a_reader_that_goes_away_is_no_error_to_talk_about(tmp_path):
             process.kill()
 
 
-@pytest.mark.parametrize("statement", ["SELECT count(*) FROM range(1000000000000) r WHERE r.range % 7 = 3", "FROM range(1000000000000)"])
+@pytest.mark.parametrize(
+    "statement", ["SELECT count(*) FROM range(1000000000000) r WHERE r.range % 7 = 3", "FROM range(1000000000000)"]
+)
 def test_ctrl_c_ends_a_long_query_quietly(tmp_path, statement):
     mark = tmp_path / "mark.csv"
     # The statement's own first action proves that it is running when the signal is sent.

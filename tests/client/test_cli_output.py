@@ -99,7 +99,14 @@ def test_cells_of_every_kind():
 
 
 def test_json_values_are_valid_json_whatever_came_out():
-    assert json_value([math.nan, math.inf, -math.inf, 1.5, None, True]) == ["NaN", "Infinity", "-Infinity", 1.5, None, True]
+    assert json_value([math.nan, math.inf, -math.inf, 1.5, None, True]) == [
+        "NaN",
+        "Infinity",
+        "-Infinity",
+        1.5,
+        None,
+        True,
+    ]
     assert json_value({1: b"\x00\xff", "t": datetime(2026, 1, 2), "d": date(2026, 1, 2)}) == {
         "1": "00ff", "t": "2026-01-02T00:00:00Z", "d": "2026-01-02",
     }  # fmt: skip
@@ -131,5 +138,7 @@ def test_csv_columns_keep_numbers_exact_and_nested_values_as_json():
     assert csv_column(pa.array([0.1, None, math.inf])) == [0.1, None, math.inf]
     assert csv_column(pa.array([True, None, False])) == ["true", None, "false"]
     assert csv_column(pa.array([[1, None], None])) == ["[1, null]", None]
-    assert csv_column(pa.array([datetime(2026, 1, 2, 3, 4, 5)], pa.timestamp("us", "UTC"))) == ["2026-01-02 03:04:05.000000"]
+    assert csv_column(pa.array([datetime(2026, 1, 2, 3, 4, 5)], pa.timestamp("us", "UTC"))) == [
+        "2026-01-02 03:04:05.000000"
+    ]
     assert csv_column(pa.array([b"\x00\xff"])) == ["00ff"]

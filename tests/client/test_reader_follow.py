@@ -1,5 +1,6 @@
 from ranklog.reader.follow import Follower
 from ranklog.stores import open_store
+from ranklog.stores.dir import DirStore
 from shards import STORE_A, STORE_B, records, start, write_shard, writer
 
 A, B = writer("a"), writer("b")
@@ -60,3 +61,20 @@ def test_a_shard_without_rows_to_show_is_not_read_again(tmp_path):
     write_shard(tmp_path, records(A, [{"y": 1.0}]))
     assert seqs(follow.fresh()) == []
     assert follow.fresh() is None
+
+
+def test_a_shard_that_was_merged_away_since_the_listing_is_passed_over(tmp_path):
+    write_shard(tmp_path, records(A, [{"x": 1.0}]))
+    ghost = write_shard(tmp_path, records(B, [{"x": 2.0}]), store_id=STORE_B)
+    listed = list(open_store(str(tmp_path)).list("v1/"))
+    ghost.unlink()
+
+    class LateListing(DirStore):
+        def list(self, prefix):
+            return iter(listed)
+
+    follow = Follower(LateListing(tmp_path), None, None, "kind = 'metrics'")
+    assert seqs(follow.fresh()) == [1]
+    assert follow.fresh() is None
+    write_shard(tmp_path, records(B, [{"x": 2.0}]), store_id=STORE_B)
+    assert follow.fresh().column("writer").to_pylist() == [B]

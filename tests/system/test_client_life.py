@@ -4,11 +4,12 @@ import os
 import random
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from harness import Record, Rig, gaps, logged, wait_for
 
+from harness import Record, Rig, logged, wait_for
 from ranklog.frame import Kind
 
 FLAT_OUT = "pass"
@@ -111,14 +112,6 @@ def test_a_kill_inside_the_journal_loses_nothing_that_log_had_returned_for(rig: 
     assert proven(tmp_path / "proof") <= len(counts) <= proven(tmp_path / "proof") + 1
 
 
-def test_a_killed_writer_in_the_middle_of_creating_a_file_leaves_none_that_is_never_looked_at(rig: Rig, tmp_path: Path):
-    rig.client(counting(), tmp_path / "proof", code=-signal.SIGKILL, RANKLOG_FAILPOINT="journal.create.after:1=kill")
-    hidden = list(rig.journal.glob(".*"))
-    assert len(hidden) == 1, "killed before the rename"
-    rig.start_daemon()
-    wait_for(lambda: not list(rig.journal.glob(".*")), "the daemon removes it", 10)
-
-
 # Forked.
 
 
@@ -181,3 +174,367 @@ ranklog.finish()
     for n in range(3):
         found = logged(main, f"thread{n}")
         assert found == list(range(len(found)))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_multiprocessing_children_send_what_they_logged_before_they_leave(rig: Rig, tmp_path: Path, method: str):
+    rig.start_daemon()
+    script = tmp_path / "script.py"
+    script.write_text("""
+import multiprocessing, sys, time
+import ranklog
+
+def work(rank):
+    if sys.argv[1] != "fork":
+        ranklog.init(project="p", id="job", rank=rank)
+    for i in range(300):
+        ranklog.log({f"child{rank}": i})
+
+if __name__ == "__main__":
+    run = ranklog.init(project="p", id="job", rank=0)
+    processes = [multiprocessing.get_context(sys.argv[1]).Process(target=work, args=(n,)) for n in (1, 2)]
+    for process in processes: process.start()
+    for process in processes: process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    ranklog.finish()
+""")
+    done = rig.run([sys.executable, str(script), method])
+    assert done.returncode == 0, done.stderr
+    assert rig.orphans() == [], "nothing is left for adoption: each child delivered by itself"
+    written = rig.written()
+    for number in (1, 2):
+        [found] = [counts for records in written.values() if (counts := logged(records, f"child{number}"))]
+        assert found == list(range(300))
+    assert len(written) == 3
+
+
+def test_data_loading_workers_may_log(rig: Rig, tmp_path: Path):
+    pytest.importorskip("torch", reason='pip install "ranklog[test-all]"')
+    rig.start_daemon()
+    rig.client("""
+import os, ranklog, torch
+from torch.utils.data import DataLoader, Dataset
+class Data(Dataset):
+    def __len__(self): return 64
+    def __getitem__(self, index):
+        ranklog.log({"item": index})
+        return torch.tensor([float(index)])
+ranklog.init(project="p")
+for epoch in range(2):
+    for batch in DataLoader(Data(), batch_size=8, num_workers=2):
+        ranklog.log({"batch": batch.sum()})
+ranklog.finish()
+""")
+    rig.adopted()
+    starts, written = rig.starts(), rig.written()
+    items = [item for records in written.values() for item in logged(records, "item")]
+    assert sorted(items) == sorted([*range(64)] * 2)
+    assert len(written) == 5, "the trainer, and two workers in each of two epochs"
+    [main] = [records for writer, records in written.items() if starts[writer].role == ""]
+    assert sum(logged(main, "batch")) == 2 * sum(range(64))
+
+
+@pytest.mark.parametrize("fork", ["os.fork()", "ctypes.CDLL(None).fork()"], ids=["fork", "fork behind Python's back"])
+def test_the_files_of_a_dead_writer_are_adopted_though_its_child_lives_on(rig: Rig, fork: str):
+    """Without Python's hooks, the child inherits the locks of its parent's files and never lets go of them."""
+    rig.start_daemon()
+    client = rig.spawn(f"""
+import ctypes, os, signal, sys, ranklog
+ranklog.init(project="p")
+for i in range(5000): ranklog.log({{"i": i}})
+pid = {fork}
+if pid == 0:
+    signal.pause()
+print(pid, flush=True)
+signal.pause()
+""")
+    child = int(client.stdout.readline())
+    try:
+        client.kill()
+        client.wait()
+        rig.adopted()
+        os.kill(child, 0)  # It is still there.
+    finally:
+        os.kill(child, signal.SIGKILL)
+    [records] = rig.written().values()
+    assert logged(records, "i") == list(range(5000))
+
+
+# Threads and signals.
+
+
+def test_eight_threads_at_once_lose_no_record_and_keep_their_order(rig: Rig):
+    rig.start_daemon()
+    rig.client("""
+import threading, ranklog
+ranklog.init(project="p")
+def work(n):
+    for i in range(2000): ranklog.log({f"t{n}": i})
+threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+for t in threads: t.start()
+for t in threads: t.join()
+ranklog.finish()
+""")
+    [records] = rig.written().values()
+    for n in range(8):
+        assert logged(records, f"t{n}") == list(range(2000))
+    assert [record.step for record in records if record.kind == Kind.METRICS] == list(range(16000))
+
+
+def test_a_signal_handler_may_log_in_the_middle_of_log(rig: Rig):
+    rig.start_daemon()
+    rig.client("""
+import signal, time, ranklog
+run = ranklog.init(project="p")
+ticks = inside = 0
+def tick(number, frame):
+    global ticks, inside
+    inside += frame.f_code.co_name in ("append", "write", "_pack")
+    ranklog.log({"tick": ticks}); ticks += 1
+ranklog.log({"tick": -1})
+signal.signal(signal.SIGALRM, tick)
+signal.setitimer(signal.ITIMER_REAL, 0.0003, 0.0003)
+i = 0
+while ticks < 3000:
+    ranklog.log({"i": i}); i += 1
+signal.setitimer(signal.ITIMER_REAL, 0)
+ranklog.log({"ticks": ticks, "count": i, "inside": inside})
+ranklog.finish()
+""")
+    [records] = rig.written().values()
+    [total] = [record.payload for record in records if "inside" in record.payload]
+    assert total["inside"] > 100, "the handler did interrupt log()"
+    assert logged(records, "tick") == list(range(-1, total["ticks"]))
+    assert logged(records, "i") == list(range(total["count"]))
+
+
+def test_a_signal_handler_that_logs_what_needs_conversion_or_warns_does_not_hang(rig: Rig):
+    rig.start_daemon()
+    output = rig.client("""
+import decimal, signal, ranklog
+ranklog.init(project="p")
+ticks = 0
+class Odd:
+    def __float__(self): raise RuntimeError("odd")
+def tick(number, frame):
+    global ticks
+    ranklog.log({"tick": decimal.Decimal(ticks), f"odd{ticks}": Odd()}); ticks += 1
+signal.signal(signal.SIGALRM, tick)
+ranklog.log({"tick": 0.5, "n": 0})
+signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+i = 0
+while ticks < 1000:
+    ranklog.log({"i": decimal.Decimal(i), f"odd{i}": Odd()}); i += 1
+signal.setitimer(signal.ITIMER_REAL, 0)
+ranklog.log({"ticks": ticks, "count": i})
+ranklog.finish()
+""")
+    assert "Traceback" not in output
+    [records] = rig.written().values()
+    [total] = [record.payload for record in records if "ticks" in record.payload]
+    assert logged(records, "tick")[1:] == list(range(total["ticks"]))
+    assert logged(records, "i") == list(range(total["count"]))
+
+
+def test_ctrl_c_in_log_passes_and_the_records_stay_in_order(rig: Rig):
+    """Half of the exceptions hit log() somewhere inside; small journal files make it rotate all the time."""
+    rig.start_daemon()
+    rig.client("""
+import signal, ranklog
+ranklog.init(project="p")
+def interrupt(number, frame): raise KeyboardInterrupt
+signal.signal(signal.SIGALRM, interrupt)
+returned, hits, i = [], 0, 0
+while hits < 1500:
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.0004)
+        while True:
+            ranklog.log({"i": i, "pad": "x" * 300})
+            returned.append(i)
+            i += 1
+    except KeyboardInterrupt:
+        hits += 1
+        i += 1
+signal.setitimer(signal.ITIMER_REAL, 0)
+for n in returned: ranklog.log({"returned": n})
+ranklog.finish()
+""", RANKLOG_JOURNAL_FILE_SIZE_BYTES="8K", RANKLOG_JOURNAL_SIZE_BYTES="64M")  # fmt: skip
+    [records] = rig.written().values()
+    counts = logged(records, "i")
+    assert counts == sorted(set(counts)), "in order, once"
+    assert set(logged(records, "returned")) <= set(counts), "what log() returned for is there"
+    assert len(ends(records)) == 1
+
+
+def test_finish_in_a_signal_handler_neither_hangs_nor_loses_a_record(rig: Rig, tmp_path: Path):
+    rig.start_daemon()
+    for turn in range(12):
+        client = rig.spawn(
+            counting().replace("i = 0\n", """i = 0
+import signal
+def stop(number, frame):
+    ranklog.finish()
+    sys.exit(7)
+signal.signal(signal.SIGTERM, stop)
+"""), tmp_path / str(turn)
+        )  # fmt: skip
+        some = random.randrange(1, 3000)
+        wait_for(lambda path=tmp_path / str(turn), some=some: proven(path) >= some, "the trainer logs")
+        client.terminate()
+        assert client.wait(15) == 7
+        rig.adopted()
+        records = of_process(rig, client)
+        counts = logged(records, "i")
+        assert counts == list(range(len(counts)))
+        assert len(counts) >= proven(tmp_path / str(turn))
+        assert len(ends(records)) == 1
+
+
+# To the exit.
+
+
+@pytest.mark.parametrize(
+    ("leave", "code"),
+    [
+        ("pass", 0), ("sys.exit(3)", 3), ("raise ValueError('a bug of the trainer')", 1), ("os._exit(4)", 4),
+        ("os.kill(os.getpid(), signal.SIGTERM); signal.pause()", -signal.SIGTERM),
+        ("os.kill(os.getpid(), signal.SIGINT); signal.pause()", -signal.SIGINT),
+        ("os.kill(os.getpid(), signal.SIGKILL); signal.pause()", -signal.SIGKILL), ("os.abort()", -signal.SIGABRT),
+    ],
+)  # fmt: skip
+def test_no_way_out_of_the_process_loses_a_record(rig: Rig, leave: str, code: int):
+    rig.start_daemon()
+    rig.client(f"""
+import os, signal, sys, ranklog
+ranklog.init(project="p")
+for i in range(2000): ranklog.log({{"i": i}})
+{leave}
+""", code=code)  # fmt: skip
+    rig.adopted()
+    [records] = rig.written().values()
+    assert logged(records, "i") == list(range(2000))
+    assert ends(records) == [], "nobody called finish()"
+
+
+def test_a_process_that_exits_without_finish_leaves_nothing_for_adoption(rig: Rig):
+    rig.start_daemon()
+    rig.client("import ranklog\nranklog.init(project='p')\nfor i in range(2000): ranklog.log({'i': i})")
+    assert rig.orphans() == []
+    [records] = rig.written().values()
+    assert logged(records, "i") == list(range(2000))
+
+
+def test_exit_handlers_of_the_script_may_still_log_and_finish(rig: Rig):
+    rig.start_daemon()
+    rig.client("""
+import atexit, ranklog
+def last():
+    ranklog.log({"i": 1})
+    ranklog.finish()
+atexit.register(last)  # Before init(): it runs after whatever init() registers.
+ranklog.init(project="p")
+ranklog.log({"i": 0})
+""")
+    [records] = rig.written().values()
+    assert logged(records, "i") == [0, 1]
+    assert len(ends(records)) == 1
+
+
+def test_a_thread_that_logs_while_another_finishes_loses_nothing_it_was_promised(rig: Rig):
+    """And its frames never land in a file of somebody else's that got the descriptor of a closed journal."""
+    rig.start_daemon()
+    output = rig.client("""
+import os, threading, ranklog
+bad = 0
+for turn in range(30):
+    run = ranklog.init(project="p", id=f"run{turn}")
+    stop, counts = threading.Event(), [0, 0, 0]
+    def work(n):
+        while not stop.is_set():
+            run.log({f"t{n}": counts[n]}); counts[n] += 1
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
+    for t in threads: t.start()
+    while min(counts) < 20: pass
+    run.finish()
+    victims = [os.open(f"victim{turn}.{n}", os.O_RDWR | os.O_CREAT) for n in range(12)]
+    before = counts[:]
+    while min(counts) < max(before) + 20: pass
+    stop.set()
+    for t in threads: t.join()
+    bad += sum(os.fstat(fd).st_size for fd in victims)
+    for fd in victims: os.close(fd)
+print("bad", bad)
+""")
+    assert "bad 0" in output
+    assert output.count("after finish()") == 1, "one warning"
+    for records in rig.written().values():
+        assert [record.kind for record in records[-1:]] == [Kind.END], "nothing behind the end"
+        for n in range(3):
+            found = logged(records, f"t{n}")
+            assert found == list(range(len(found)))
+
+
+# init() and finish(), again and again.
+
+
+def test_init_and_finish_two_hundred_times_leak_no_descriptor_no_thread_and_no_memory(rig: Rig):
+    rig.start_daemon()
+    output = rig.client("""
+import os, threading, ranklog
+def look():
+    rss = int(open("/proc/self/statm").read().split()[1]) * 4096
+    return len(os.listdir("/proc/self/fd")), threading.active_count(), len(os.listdir("/proc/self/task")), rss
+for turn in range(200):
+    run = ranklog.init(project="p", id="again")
+    for i in range(10): ranklog.log({"i": i})
+    if turn % 2: ranklog.finish()
+    else: run.finish(wait=None)
+    if turn == 20: first = look()
+last = look()
+print(first, last)
+assert last[:3] == first[:3], (first, last)
+assert last[3] - first[3] < 4 << 20, (first, last)
+""", timeout_s=120, RANKLOG_QUIET="1")  # fmt: skip
+    assert output
+    rig.adopted()
+    written = rig.written()
+    assert len(written) == 200
+    for records in written.values():
+        assert logged(records, "i") == list(range(10))
+        assert len(ends(records)) == 1
+
+
+def test_a_writer_has_one_thread_of_ours(rig: Rig):
+    rig.start_daemon()
+    rig.client("""
+import threading, ranklog
+before = set(threading.enumerate())
+ranklog.init(project="p")
+ranklog.log({"a": 1})
+assert ranklog.flush(10)
+assert len(set(threading.enumerate()) - before) == 1
+ranklog.finish()
+assert set(threading.enumerate()) == before
+""")
+
+
+def test_a_process_without_a_free_descriptor_goes_on_and_its_records_are_adopted(rig: Rig):
+    """libzmq aborts a process that has none left for a new context."""
+    rig.start_daemon()
+    rig.client("""
+import os, resource, ranklog
+run = ranklog.init(project="p", mode="offline")
+run.finish()
+keep = []
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+try:
+    while True: keep.append(os.open("/dev/null", os.O_RDONLY))
+except OSError: pass
+for fd in keep[-9:]: os.close(fd)  # Enough for a journal, not for a socket.
+ranklog.init(project="p", id="full")
+for i in range(1000): ranklog.log({"i": i})
+os._exit(0)
+""")
+    rig.adopted()
+    [records] = [records for records in rig.written().values() if len(records) > 2]
+    assert logged(records, "i") == list(range(1000))

@@ -35,13 +35,18 @@ def run(args: argparse.Namespace) -> int:
     """Run the statement and print its result; a statement that DuckDB does not understand is wrong usage."""
     import duckdb
 
+    from ranklog.reader.damage import first_line, shard_errors
     from ranklog.reader.fetch import fetch_batches
-    from ranklog.reader.sql import connect, first_line
+    from ranklog.reader.runs import find_shards
+    from ranklog.reader.sql import connect_shards
+    from ranklog.stores import open_store
 
     statement = sys.stdin.read() if args.sql == "-" else args.sql
     style = "json" if args.json else args.format or "table"
+    store = open_store(args.to or default_url())
+    shards = find_shards(store, args.project, args.run)
     try:
-        with connect(args.to or default_url(), args.project, args.run) as con:
+        with connect_shards(store, shards) as con, shard_errors(store, shards):
             batches = fetch_batches(con, statement, _BATCH_ROWS)
             schema = next(batches, None)
             if schema is not None:

@@ -1,10 +1,18 @@
 """The reading side: listing -> shards -> DuckDB -> Arrow. Needs the extra `read`; importing this package does not.
 
-listing   which shards exist and are visible (names only)        sql      DuckDB views over them
-local     shards as local files                                  table    `read`: an Arrow table, thinned
-footer    what a shard says of itself                            follow   rows of shards as they appear
-overlap   which shards may repeat a record                       runs     runs by display name, summaries
-pending   writers of this node whose records no daemon has taken
+    listing   which shards exist and are visible (names only)
+    local     shards as local files
+    footer    what a shard says of itself
+    overlap   which shards may repeat a record
+    runs      runs by display name, and their summaries
+    sql       DuckDB views over shards
+    fetch     DuckDB's results as Arrow, in such a way that Ctrl-C ends them
+    damage    which shard a failed read is due to
+    table     `read`: an Arrow table, thinned on request
+    follow    rows of shards as they arrive
+    pending   writers of this node whose records no daemon has taken
+
+Nothing here writes to a store.
 """
 
 from collections.abc import Iterable, Iterator

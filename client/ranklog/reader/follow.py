@@ -11,10 +11,11 @@ import pyarrow as pa
 
 from ranklog.errors import StoreError
 from ranklog.layout import ShardKey
+from ranklog.reader.damage import shard_errors
 from ranklog.reader.fetch import fetch_table
 from ranklog.reader.listing import RunPath, Shard
 from ranklog.reader.runs import find_shards
-from ranklog.reader.sql import connect_shards, shard_errors
+from ranklog.reader.sql import connect_shards
 from ranklog.stores import Store
 
 COLUMNS = ("project", "run", "rank", "node", "attempt", "step", "ts", "kind", "key", "value", "text", "seq", "writer")
@@ -50,7 +51,7 @@ class Follower:
         """Return the `count` newest rows by the clients' clocks, oldest first; `fresh` goes on behind them."""
         shards = self._list()
         self._mark(shards)
-        with connect_shards(self._store, shards) as con, shard_errors(self._store.url):
+        with connect_shards(self._store, shards) as con, shard_errors(self._store, shards):
             rows = f"{self._select(self._condition)} ORDER BY ts DESC LIMIT {count}"
             return fetch_table(con, f"FROM ({rows}) ORDER BY {_ORDER}")
 
@@ -65,7 +66,7 @@ class Follower:
         for source, shards in groups.items():
             where = f"({self._condition}) AND lsn > {self._shown.get(source, -1)}"
             try:
-                with connect_shards(self._store, shards) as con, shard_errors(self._store.url):
+                with connect_shards(self._store, shards) as con, shard_errors(self._store, shards):
                     tables.append(fetch_table(con, self._select(where)))
             except StoreError as exc:
                 if exc.permanent:

@@ -10,13 +10,12 @@ a column of its partition still reaches the files.
 Nothing is downloaded: the parquet reader is part of DuckDB, and loading further extensions is switched off.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import duckdb
 
-from ranklog.errors import FormatError, StoreError
+from ranklog.reader.damage import shard_errors
 from ranklog.reader.footer import read_footer
 from ranklog.reader.listing import Shard, by_run
 from ranklog.reader.local import local_paths
@@ -57,28 +56,11 @@ def connect_shards(store: Store, shards: Sequence[Shard]) -> duckdb.DuckDBPyConn
     )
     # Shards never change behind their names, so their footers may be kept: a third of a warm query's time.
     con.execute("SET TimeZone = 'UTC'; SET parquet_metadata_cache = true")
-    with shard_errors(store.url):
+    with shard_errors(store, shards):
         clean, suspect = split(store, shards)
         con.execute(f"CREATE VIEW records AS {_records(clean, suspect)}")
         con.execute(_METRICS.format(columns=", ".join(METRICS_COLUMNS)))
     return con
-
-
-@contextmanager
-def shard_errors(url: str) -> Iterator[None]:
-    """Turn complaints about shards into ours: FormatError if one is damaged, a passing StoreError if one is gone."""
-    try:
-        yield
-    except duckdb.InvalidInputException as exc:
-        raise FormatError(f"a shard of {url} is damaged; move it out of the store: {first_line(exc)}") from exc
-    except (FileNotFoundError, duckdb.IOException) as exc:
-        # Compaction removes merged shards after a while: one may have gone between listing and reading.
-        raise StoreError(f"a shard of {url} cannot be read; try again: {first_line(exc)}", permanent=False) from exc
-
-
-def first_line(exc: Exception) -> str:
-    """Return what an error of DuckDB says, without the statement it quotes: ours names every shard."""
-    return str(exc).partition("\n\nLINE ")[0]
 
 
 def split(store: Store, shards: Sequence[Shard]) -> tuple[list[Path], list[Path]]:

@@ -11,9 +11,12 @@ from collections.abc import Iterable
 import pyarrow as pa
 
 from ranklog.errors import StoreError, UsageError
+from ranklog.reader.damage import shard_errors
 from ranklog.reader.fetch import fetch_table
-from ranklog.reader.sql import among, connect, key_condition, quote, shard_errors
+from ranklog.reader.runs import find_shards
+from ranklog.reader.sql import among, connect_shards, key_condition, quote
 from ranklog.schema import KIND_NAMES, SCHEMA
+from ranklog.stores import open_store
 
 POINTS_PER_BUCKET = 4
 """First, last, lowest, highest."""
@@ -79,7 +82,9 @@ def read_table(
 
 
 def _select(url: str, project: str | None, run: str | None, where: str, max_points: int | None) -> pa.Table:
-    with connect(url, project, run) as con, shard_errors(url):
+    store = open_store(url)
+    shards = find_shards(store, project, run)
+    with connect_shards(store, shards) as con, shard_errors(store, shards):
         if max_points is not None:
             fetch_table(con, _SERIES.format(where=where))
             if (fetch_table(con, "SELECT max(points) FROM series").column(0)[0].as_py() or 0) > max_points:

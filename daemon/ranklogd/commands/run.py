@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         progress = Progress(quiet=launcher.settings.quiet)
         result = drain(launcher, timeout_s=drain_s, pause=watch.pause, progress=progress)
         _report(result, launcher, to, code if args.json else None)
-        launcher.leave(began_s + drain_s - time.monotonic())
+        launcher.leave(began_s + drain_s - time.monotonic() if result.done else 0)
     return code
 
 

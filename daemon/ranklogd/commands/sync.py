@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
                 launcher, timeout_s=timeout_s, pause=watch.pause, progress=progress, since_start=launcher.fresh
             )
             refused = dict(snapshot(launcher.settings).get("adoption_refused", {}))
-            launcher.leave(began_s + timeout_s - time.monotonic())
+            launcher.leave(began_s + timeout_s - time.monotonic() if result.done else 0)
         except CalledOff:
             return 128 + watch.ended_by
         finally:
