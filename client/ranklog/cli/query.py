@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     store = open_store(args.to or default_url())
     shards = find_shards(store, args.project, args.run)
     try:
-        with connect_shards(store, shards) as con, shard_errors(store, shards):
+        with connect_shards(store, shards) as con, shard_errors(store, shards, users_statement=True):
             batches = fetch_batches(con, statement, _BATCH_ROWS)
             schema = next(batches, None)
             if schema is not None:

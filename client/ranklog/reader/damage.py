@@ -12,7 +12,7 @@ from pathlib import Path
 
 import duckdb
 
-from ranklog.errors import FormatError, StoreError
+from ranklog.errors import FormatError, RanklogError, StoreError
 from ranklog.reader.listing import Shard
 from ranklog.reader.local import local_paths
 from ranklog.stores import Store
@@ -22,8 +22,11 @@ NAMED_MAX = 3
 
 
 @contextmanager
-def shard_errors(store: Store, shards: Sequence[Shard]) -> Iterator[None]:
-    """Raise FormatError naming the damaged shards, or a passing StoreError if one is gone; pass other errors on."""
+def shard_errors(store: Store, shards: Sequence[Shard], *, users_statement: bool = False) -> Iterator[None]:
+    """Raise FormatError naming damaged shards, a passing StoreError if one is gone, else RanklogError for DuckDB's.
+
+    With `users_statement`, errors that are the statement's own pass through as they are.
+    """
     try:
         yield
     except (FileNotFoundError, duckdb.IOException) as exc:
@@ -32,17 +35,23 @@ def shard_errors(store: Store, shards: Sequence[Shard]) -> Iterator[None]:
             f"a shard of {store.url} cannot be read; try again: {first_line(exc)}", permanent=False
         ) from exc
     except duckdb.Error as exc:
-        # The parquet reader's own complaints have no class of their own but these two.
-        if type(exc) not in (duckdb.Error, duckdb.InvalidInputException):
+        # Most complaints of the parquet reader have no class of their own; the user's mistakes do.
+        if users_statement and type(exc) not in (duckdb.Error, duckdb.InvalidInputException):
             raise
         damaged = damaged_shards(store, shards)
-        if not damaged:
+        if damaged:
+            raise FormatError(_describe(damaged, len(shards))) from exc
+        if users_statement:
             raise
-        names = ", ".join(map(str, damaged[:NAMED_MAX])) + (" and others" if len(damaged) > NAMED_MAX else "")
-        raise FormatError(
-            f"{len(damaged)} of {len(shards)} shards damaged: the bytes do not match the checksum in the name. "
-            f"Move out of the store, and the others can be read: {names}"
-        ) from exc
+        raise RanklogError(f"cannot read the shards of {store.url}: {first_line(exc)}") from exc
+
+
+def _describe(damaged: Sequence[Path], count: int) -> str:
+    more = " and others" if len(damaged) > NAMED_MAX else ""
+    return (
+        f"{len(damaged)} of {count} shards damaged: their bytes do not match the checksum in their name. Move them out "
+        f"of the store, and the others can be read: {', '.join(map(str, damaged[:NAMED_MAX]))}{more}"
+    )
 
 
 def damaged_shards(store: Store, shards: Sequence[Shard]) -> list[Path]:
