@@ -38,10 +38,10 @@ def place(tmp_path_factory):
     with Node(tmp_path_factory.mktemp("readme")) as node:
         commands = node.path / "bin"
         commands.mkdir()
-        for name, module in (("ranklog", "ranklog.cli"), ("ranklogd", "ranklogd"), ("torchrun", "torch.distributed.run")):
-            (commands / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" -m {module} "$@"\n')
+        modules = {"ranklog": "ranklog.cli", "ranklogd": "ranklogd", "torchrun": "torch.distributed.run"}
+        for name, module in [("python", ""), *((name, f"-m {module}") for name, module in modules.items())]:
+            (commands / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {module} "$@"\n')
             (commands / name).chmod(0o755)
-        (commands / "python").symlink_to(sys.executable)
         node.env["PATH"] = f"{commands}:{os.environ['PATH']}"
         (node.path / "train.py").write_text(next(b.text for b in BLOCKS if b.tag == "train.py"))
         yield node

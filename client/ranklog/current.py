@@ -37,11 +37,12 @@ class _Current:
 _current = _Current()
 
 
-_NO_RUN: Run | None = None
+_NO_RUN = Run(Start(writer="0" * 32, project="", run=""), lambda _: None, lambda *_: None)
+"""What `init()` returns if it failed: it drops its records."""
 
 
 @shielded(_NO_RUN, usage_errors=True)
-def _init(
+def init(
     project: str | None = None,
     name: str | None = None,
     *,
@@ -57,7 +58,17 @@ def _init(
     rank: int | None = None,
     role: str | None = None,
     **unknown: Any,
-) -> Run | None:
+) -> Run:
+    """Start a run in this process, on every rank, and return it; the run before, if any, is finished.
+
+    All ranks of a job get the same run, see `ranklog.identity`; `id` or RANKLOG_RUN_ID says so outright, and `rank`
+    and `role` override what the launcher says. `mode` is "online", "offline" (records stay on this node until
+    `ranklog sync`) or "disabled". `dir` is where this run's spool goes. `resume` is taken for wandb's sake: here the
+    same id is always the same run. Keywords that only other trackers know cost one warning.
+
+    Raises UsageError for a mode or resume word it does not know. Anything else that goes wrong costs one warning and
+    gives a run that drops its records.
+    """
     settings = Settings.from_env()
     mode = mode or settings.mode
     if mode not in MODES:
@@ -68,16 +79,25 @@ def _init(
         warn(f"init() does not know {', '.join(sorted(unknown))}; ignored")
     if _current.run is not None:
         _current.run.finish(wait=None)
-    identity = identify(
-        os.environ, project=project or settings.project, name=name or settings.name, id=id, rank=rank, role=role, machine=this_machine(),
-    )  # fmt: skip
+    project, name = project or settings.project, name or settings.name
+    identity = identify(None, project=project, name=name, id=id, rank=rank, role=role, machine=this_machine())
     if identity.warning and identity.is_local_rank0:
         warn(identity.warning)
     start = _start(identity, mode, group=group, job_type=job_type, tags=tags, notes=notes)
+    run = _current.run = _open_run(start, identity, settings, mode, dir)
+    if config:
+        run.config.update(config)
+    if settings.autostart and mode == "online":
+        # In a thread of its own: init() waits for no process to start.
+        threading.Thread(target=_autostart, args=(settings,), daemon=True).start()
+    return run
+
+
+def _open_run(start: Start, identity: Identity, settings: Settings, mode: str, directory: str | Path | None) -> Run:
     loud = identity.is_local_rank0 and not settings.quiet and mode != "disabled"
 
     def open_writer(start: Start) -> Writer | None:
-        return None if mode == "disabled" else _open_writer(start, settings, mode, dir)
+        return None if mode == "disabled" else _open_writer(start, settings, mode, directory)
 
     def on_finish(run: Run, complete: bool | None) -> None:  # noqa: FBT001
         lifecycle.remove(run)
@@ -87,26 +107,10 @@ def _init(
             say(_finished_line(run, complete, mode))
 
     run = Run(start, open_writer, on_finish)
-    _current.run = run
     lifecycle.add(run)
     if loud:
         say(_started_line(run, identity, settings, mode))
-    if config:
-        run.config.update(config)
-    if settings.autostart and mode == "online":
-        # In a thread of its own: init() waits for no process to start.
-        threading.Thread(target=_autostart, args=(settings,), daemon=True).start()
     return run
-
-
-def init(*args: Any, **kwargs: Any) -> Run:
-    """Start a run in this process, on every rank, and return it. Takes the arguments of `ranklog.init`, see README.
-
-    Raises UsageError for an argument it cannot use; anything else that goes wrong costs one warning and gives a run
-    that drops its records.
-    """
-    run = _init(*args, **kwargs)
-    return run if run is not None else Run(Start(writer="0" * 32, project="", run=""), lambda _: None, lambda *_: None)
 
 
 def _start(

@@ -9,9 +9,13 @@
 import atexit
 import os
 import sys
+import threading
 from typing import Any, Protocol
 
 from ranklog.shield import warn
+
+
+IMPORT_TIMEOUT_S = 5.0  # An import takes 50 ms; on a hung filesystem it must not take the training's fork with it.
 
 
 class Mortal(Protocol):
@@ -28,11 +32,16 @@ class Lifecycle:
     """The runs of this process that are not finished."""
 
     def __init__(self) -> None:
+        self.importing = threading.Lock()
+        """Held by a sender thread while it imports: a child forked meanwhile could never import the same itself."""
         self._live: list[Mortal] = []
         self._finalized_pid = 0
+        self._held = False
         # Exit hooks run last in, first out: set at import, ours comes after all that a script registers.
         atexit.register(self._at_exit)
-        os.register_at_fork(after_in_child=self._after_fork)
+        os.register_at_fork(
+            before=self._before_fork, after_in_parent=self._after_in_parent, after_in_child=self._after_fork
+        )
 
     def add(self, run: Mortal) -> None:
         """Watch over `run` until `remove`."""
@@ -58,7 +67,15 @@ class Lifecycle:
         for run in [*self._live]:
             run.at_exit()
 
+    def _before_fork(self) -> None:
+        self._held = self.importing.acquire(timeout=IMPORT_TIMEOUT_S)
+
+    def _after_in_parent(self) -> None:
+        if self._held:
+            self.importing.release()
+
     def _after_fork(self) -> None:
+        self.importing = threading.Lock()
         warn.after_fork()
         for run in self._live:
             run.after_fork()

@@ -23,6 +23,7 @@ from ranklog import wire
 from ranklog.backlog import Backlog
 from ranklog.errors import ProtocolError
 from ranklog.journal import Journal
+from ranklog.lifecycle import lifecycle
 from ranklog.spool import Spool
 
 if TYPE_CHECKING:
@@ -175,7 +176,8 @@ class Sender:
         """Connect to where a daemon's socket is, or would be; again if that place changed meanwhile."""
         if self._find_socket is None:
             return
-        from ranklog.transport import Transport  # zmq loads here: 40 ms that neither import nor init() pays
+        with lifecycle.importing:
+            from ranklog.transport import Transport  # zmq loads here: 40 ms that neither import nor init() pays
 
         path = self._find_socket()
         if self._transport is not None:

@@ -65,13 +65,15 @@ class Spool:
         room = os.fstatvfs(file.fd)
         if room.f_bavail * room.f_frsize < FREE_SIZE_MIN + size:
             raise OSError(errno.ENOSPC, f"less than {FREE_SIZE_MIN} bytes would stay free")
-        data = os.pread(chunk.file.fd, size, chunk.offset)
-        offset = file.size
-        fs.write_all(file.fd, data, offset)
+        # Record 0 is the start frame, which stands at the head of every spool file already.
+        there = file.head_end if chunk.first_seq == 0 and file.size == file.head_end else 0
+        data = os.pread(chunk.file.fd, size - there, chunk.offset + there)
+        offset = file.size - there
+        fs.write_all(file.fd, data, file.size)
         failpoint("spool.write.after")
         file.size += len(data)
         file.chunks += 1
-        self.size += len(data)
+        self.size += size
         self._unsynced = True
         return Chunk(file, offset, file.size, chunk.first_seq, chunk.next_seq)
 

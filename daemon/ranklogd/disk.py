@@ -11,7 +11,6 @@ from pathlib import Path
 from ranklog import fs
 from ranklogd.statedir import StateDir
 
-
 LOOK_ENTRIES = 2000
 """Directory entries counted in one look. After days without the store there are a hundred thousand, and the loop that
 looks must go on acknowledging: the sum is then some looks old."""
@@ -71,7 +70,7 @@ class Disk:
             self._sum_bytes += size_bytes
 
     def mark_full(self, reason: str) -> None:
-        """A write met ENOSPC before `look` did: refuse until the next look, and give the reserve back to the deletes."""
+        """A write met ENOSPC before `look` did: refuse until the next look, and give the reserve to the deletes."""
         self.reason = reason
         fs.unlink(self._state.reserve)
 
@@ -115,9 +114,8 @@ class Shares:
         """Return why no more records of this user can be taken, or an empty string."""
         if not self._limit_bytes or self._used[uid] < self._limit_bytes:
             return ""
-        return (
-            f"user {uid} has {self._used[uid]} bytes waiting here, the limit is {self._limit_bytes} (quota_per_uid_bytes)"
-        )
+        used = self._used[uid]
+        return f"user {uid} has {used} bytes waiting here; quota_per_uid_bytes is {self._limit_bytes}"
 
 
 def file_sizes(*roots: Path) -> Iterator[int]:

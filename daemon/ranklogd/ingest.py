@@ -202,7 +202,10 @@ class Ingest:
         return self.wal.pending_bytes >= COMMIT_SIZE
 
     def commit(self, now_ns: int) -> list[Reply]:
-        """Make everything appended durable; return the acks, or refusals if the disk is full. Raises OSError: exit then."""
+        """Make everything appended durable; return the acks, or refusals if the disk is full.
+
+        Raises OSError if the WAL cannot be kept: the caller must exit.
+        """
         touched, unacked, taken = self._touched, self._unacked, self._taken
         self._touched, self._unacked, self._taken = set(), {}, Counter()
         self.met_full = ""

@@ -122,7 +122,7 @@ class NodeMetrics:
         """Take the first counters, to which the first sample will be compared."""
         if self._psutil is None:
             try:
-                import psutil
+                import psutil  # type: ignore[import-untyped, unused-ignore]
             except ImportError:
                 log.warning('node_metrics_off: psutil is not installed. Run: pip install "ranklog[daemon]"')
                 self._interval_s = 0.0
@@ -136,8 +136,9 @@ class NodeMetrics:
             pid = os.getpid()
             start = Start(
                 writer=os.urandom(16).hex(), project=run[0], run=run[1], name=like.name, group=like.group,
-                job_type=like.job_type, rank=None, role=ROLE, node=self._node, pid=pid, pid_start=process_start(pid) or 0,
-                pid_ns=pid_namespace() or 0, boot=boot_id(), client=__version__, wall_ns=time.time_ns(),
+                job_type=like.job_type, rank=None, role=ROLE, node=self._node, pid=pid, boot=boot_id(),
+                pid_start=process_start(pid) or 0, pid_ns=pid_namespace() or 0, client=__version__,
+                wall_ns=time.time_ns(),
             )  # fmt: skip
             welcome = self._ingest.writers.hello(os.geteuid(), start, encode_start(start), 0)
             assert welcome is not None, "nobody else can have this random id"

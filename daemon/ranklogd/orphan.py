@@ -66,7 +66,7 @@ class Piece(NamedTuple):
 
 
 def open_orphan(path: Path, writer: str) -> Orphan | None:
-    """Open a file that is named for `writer`, and lock it if nobody holds the lock; None if it is gone. Raises Refused."""
+    """Open a file that is named for `writer`, and lock it if it is free; None if it is gone. Raises Refused."""
     try:
         fd = fs.open_untrusted(path)
     except FileNotFoundError:
@@ -180,7 +180,7 @@ def remove_unborn(path: Path, now_s: float) -> None:
 def keep_evidence(orphan: Orphan, end: int, quarantine: Path) -> None:
     """Move a file to quarantine/, durably, with a reason beside it; raises OSError."""
     target = quarantine / orphan.path.name
-    text = f"{orphan.path}: what follows offset {end} of {orphan.size} is no frame; what stands before it was taken over\n"
+    text = f"{orphan.path}: what follows offset {end} of {orphan.size} is no frame. All before it was taken over.\n"
     target.with_name(f"{target.name}.reason").write_text(text)
     try:
         fs.rename(orphan.path, target)

@@ -56,9 +56,9 @@ class Requests:
         if kind == Type.STATUS:
             return [Reply(peer.identity, wire.encode(Type.REPORT, token), self._status().encode())]
         if len(self._waiting) >= REQUESTS_MAX:
-            return [Reply(peer.identity, wire.encode(Type.FLUSHED, token, False, progress.received))]
+            return [Reply(peer.identity, wire.encode(Type.FLUSHED, token, False, progress.received))]  # noqa: FBT003
         if kind == Type.SYNC:
-            self._scan(True)
+            self._scan(True)  # noqa: FBT003
             self._waiting.append(_Waiting(peer.identity, token, Wait.DURABLE, 0, now_s + 3600, adoption=True))
         elif kind == Type.FLUSH:
             _, wait, limit_s = fields

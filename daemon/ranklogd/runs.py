@@ -13,18 +13,17 @@ RUNS_SHOWN_MAX = 200
 class Runs:
     """When each writer's records last moved, and what that makes of its run."""
 
-    def __init__(self) -> None:
-        self._seen: dict[bytes, tuple[int, float]] = {}
-        self._writers: Writers = Writers()
-
-    def update(self, writers: Writers, now_s: float) -> None:
-        """Look at every writer's progress."""
+    def __init__(self, writers: Writers) -> None:
         self._writers = writers
-        for state in writers:
+        self._seen: dict[bytes, tuple[int, float]] = {}
+
+    def update(self, now_s: float) -> None:
+        """Look at every writer's progress."""
+        for state in self._writers:
             seq, _ = self._seen.get(state.writer, (-1, now_s))
             if state.next_seq != seq:
                 self._seen[state.writer] = (state.next_seq, now_s)
-        for writer in [w for w in self._seen if writers.get(w) is None]:
+        for writer in [w for w in self._seen if self._writers.get(w) is None]:
             del self._seen[writer]
 
     def status(self, now_s: float) -> list[RunStatus]:

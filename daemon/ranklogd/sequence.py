@@ -22,7 +22,6 @@ from typing import NamedTuple
 from ranklog.start import Start
 from ranklogd.wal.segment import WriterMark
 
-
 GAP_MAX = 1 << 31
 """Seqs that one gap may stand for: more than any outage, and few enough that nobody can use up the lsns."""
 

@@ -130,7 +130,7 @@ def _own_places(settings: Settings) -> tuple[str, str]:
     spools, journals = places.spool_dirs(settings)[:1], places.journal_dirs(settings)[:1]
     ready = [
         [str(path) for path in places.usable_dirs(dirs, what, settings, log.warning)]
-        for dirs, what in ((spools, "the spool"), (journals, "the journal"))
+        for dirs, what in ((spools, "spool"), (journals, "journal"))
     ]
     return next(iter(ready[0]), ""), next(iter(ready[1]), "")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import zmq
 
-from ranklog import wire
+from ranklog import fs, wire
 from ranklog.errors import UsageError
 from ranklogd.ingest import Peer, Reply
 from ranklogd.wal.segment import UID_UNKNOWN
@@ -29,6 +29,7 @@ class DaemonSocket:
     def __init__(self, path: Path, mode: int, group: int | None) -> None:
         if path.exists() and not path.is_socket():
             raise UsageError(f"{path} is in the way of the socket and is none. Remove it, or choose another: --socket")
+        self._path = path
         self._context = zmq.Context(io_threads=1)
         self._context.setsockopt(zmq.MAX_SOCKETS, 64)
         self._socket = self._context.socket(zmq.ROUTER)
@@ -84,6 +85,7 @@ class DaemonSocket:
         """Close and remove the socket file, so that clients see at once that nobody listens."""
         self._socket.close(0)
         self._context.destroy(0)
+        fs.unlink(self._path)
 
 
 def peer_uid(frame: zmq.Frame) -> int:

@@ -1,4 +1,4 @@
-"""The shipper as a child process: started, restarted with growing pauses, stopped. Killing it at any time loses nothing.
+"""The shipper as a child process: started, restarted with growing pauses, stopped. Killing it loses nothing.
 
 Its configuration goes through stdin, so nothing of it is in argv; stdin stays open as long as this process lives, so
 that the shipper sees when its parent is gone. It inherits neither the state lock nor the socket.

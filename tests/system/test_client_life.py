@@ -1,4 +1,4 @@
-"""The life of a trainer's process, with a daemon beside it: kills, forks, threads, signals and every way to the exit."""
+"""The life of a trainer's process, with a daemon beside it: kills, forks, threads, signals and every way out."""
 
 import os
 import random
@@ -100,11 +100,11 @@ def test_kill_9_of_trainer_and_daemon_together_loses_nothing(rig: Rig, tmp_path:
         rig.kill(daemon)
 
 
-@pytest.mark.parametrize("point", ["journal.write.before", "journal.write.after", "journal.rotate.after", "journal.create.after"])
+@pytest.mark.parametrize("point", ["write.before:2000", "write.after:2000", "rotate.after:2", "create.after:3"])
 def test_a_kill_inside_the_journal_loses_nothing_that_log_had_returned_for(rig: Rig, tmp_path: Path, point: str):
     rig.start_daemon()
-    nth = 3 if point == "journal.create.after" else 2000 if "write" in point else 2
-    client = rig.spawn(counting(), tmp_path / "proof", RANKLOG_FAILPOINT=f"{point}:{nth}=kill", RANKLOG_JOURNAL_FILE_SIZE_BYTES="64K")
+    env = {"RANKLOG_FAILPOINT": f"journal.{point}=kill", "RANKLOG_JOURNAL_FILE_SIZE_BYTES": "64K"}
+    client = rig.spawn(counting(), tmp_path / "proof", **env)
     assert client.wait(30) == -signal.SIGKILL
     rig.adopted()
     counts = logged(of_process(rig, client), "i")
@@ -152,7 +152,7 @@ def work(n):
         ranklog.log({f"thread{n}": counts[n]}); counts[n] += 1
 threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
 for t in threads: t.start()
-for turn in range(20):
+for turn in range(8):
     pid = os.fork()
     if pid == 0:
         ranklog.log({"child": turn})
@@ -166,14 +166,32 @@ ranklog.finish()
 """)
     rig.adopted()
     written, starts = rig.written(), rig.starts()
-    children = [count for writer, records in written.items() if starts[writer].parent for count in logged(records, "child")]
     [main] = [records for writer, records in written.items() if not starts[writer].parent]
-    assert sorted(children) == list(range(20))
+    assert sorted(count for records in written.values() for count in logged(records, "child")) == list(range(8))
     total = sum(len(logged(main, f"thread{n}")) for n in range(3))
     assert [total] == logged(main, "total")
     for n in range(3):
         found = logged(main, f"thread{n}")
         assert found == list(range(len(found)))
+
+
+def test_a_child_forked_right_after_init_can_import_what_the_sender_was_importing(rig: Rig):
+    """A module that another thread was importing at the fork stays locked in the child for ever."""
+    rig.start_daemon()
+    for _ in range(5):
+        rig.client("""
+import os, signal, sys, ranklog
+ranklog.init(project="p")
+pid = os.fork()
+if pid == 0:
+    signal.alarm(10)
+    import zmq
+    ranklog.log({"child": 1})
+    assert ranklog.flush(5)
+    os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+ranklog.finish()
+""")
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
@@ -284,56 +302,54 @@ ranklog.finish()
 def test_a_signal_handler_may_log_in_the_middle_of_log(rig: Rig):
     rig.start_daemon()
     rig.client("""
-import signal, time, ranklog
+import itertools, signal, ranklog
 run = ranklog.init(project="p")
-ticks = inside = 0
+ticks, inside = itertools.count(), 0
 def tick(number, frame):
-    global ticks, inside
-    inside += frame.f_code.co_name in ("append", "write", "_pack")
-    ranklog.log({"tick": ticks}); ticks += 1
+    global inside
+    inside += frame.f_code.co_name in ("append", "write")
+    ranklog.log({"tick": next(ticks)})
 ranklog.log({"tick": -1})
 signal.signal(signal.SIGALRM, tick)
 signal.setitimer(signal.ITIMER_REAL, 0.0003, 0.0003)
 i = 0
-while ticks < 3000:
+while inside < 500:
     ranklog.log({"i": i}); i += 1
 signal.setitimer(signal.ITIMER_REAL, 0)
-ranklog.log({"ticks": ticks, "count": i, "inside": inside})
+ranklog.log({"ticks": next(ticks), "count": i, "inside": inside})
 ranklog.finish()
 """)
     [records] = rig.written().values()
     [total] = [record.payload for record in records if "inside" in record.payload]
-    assert total["inside"] > 100, "the handler did interrupt log()"
-    assert logged(records, "tick") == list(range(-1, total["ticks"]))
+    assert sorted(logged(records, "tick")) == list(range(-1, total["ticks"]))  # A handler may interrupt itself.
     assert logged(records, "i") == list(range(total["count"]))
 
 
 def test_a_signal_handler_that_logs_what_needs_conversion_or_warns_does_not_hang(rig: Rig):
     rig.start_daemon()
     output = rig.client("""
-import decimal, signal, ranklog
+import decimal, itertools, signal, ranklog
 ranklog.init(project="p")
-ticks = 0
+ticks = itertools.count()
 class Odd:
     def __float__(self): raise RuntimeError("odd")
 def tick(number, frame):
-    global ticks
-    ranklog.log({"tick": decimal.Decimal(ticks), f"odd{ticks}": Odd()}); ticks += 1
+    mine = next(ticks)
+    ranklog.log({"tick": decimal.Decimal(mine), f"odd{mine}": Odd()})
 signal.signal(signal.SIGALRM, tick)
 ranklog.log({"tick": 0.5, "n": 0})
 signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
-i = 0
-while ticks < 1000:
-    ranklog.log({"i": decimal.Decimal(i), f"odd{i}": Odd()}); i += 1
+for i in range(20000):
+    ranklog.log({"i": decimal.Decimal(i), f"odd{i}": Odd()})
 signal.setitimer(signal.ITIMER_REAL, 0)
-ranklog.log({"ticks": ticks, "count": i})
+ranklog.log({"ticks": next(ticks)})
 ranklog.finish()
 """)
     assert "Traceback" not in output
     [records] = rig.written().values()
     [total] = [record.payload for record in records if "ticks" in record.payload]
-    assert logged(records, "tick")[1:] == list(range(total["ticks"]))
-    assert logged(records, "i") == list(range(total["count"]))
+    assert sorted(logged(records, "tick")[1:]) == list(range(total["ticks"]))
+    assert logged(records, "i") == list(range(20000))
 
 
 def test_ctrl_c_in_log_passes_and_the_records_stay_in_order(rig: Rig):
@@ -398,7 +414,7 @@ signal.signal(signal.SIGTERM, stop)
     [
         ("pass", 0), ("sys.exit(3)", 3), ("raise ValueError('a bug of the trainer')", 1), ("os._exit(4)", 4),
         ("os.kill(os.getpid(), signal.SIGTERM); signal.pause()", -signal.SIGTERM),
-        ("os.kill(os.getpid(), signal.SIGINT); signal.pause()", -signal.SIGINT),
+        ("os.kill(os.getpid(), signal.SIGINT); signal.pause()", 1),
         ("os.kill(os.getpid(), signal.SIGKILL); signal.pause()", -signal.SIGKILL), ("os.abort()", -signal.SIGABRT),
     ],
 )  # fmt: skip
@@ -446,7 +462,7 @@ def test_a_thread_that_logs_while_another_finishes_loses_nothing_it_was_promised
     output = rig.client("""
 import os, threading, ranklog
 bad = 0
-for turn in range(30):
+for turn in range(10):
     run = ranklog.init(project="p", id=f"run{turn}")
     stop, counts = threading.Event(), [0, 0, 0]
     def work(n):
@@ -479,8 +495,8 @@ print("bad", bad)
 
 def test_init_and_finish_two_hundred_times_leak_no_descriptor_no_thread_and_no_memory(rig: Rig):
     rig.start_daemon()
-    output = rig.client("""
-import os, threading, ranklog
+    rig.client("""
+import os, threading, time, ranklog
 def look():
     rss = int(open("/proc/self/statm").read().split()[1]) * 4096
     return len(os.listdir("/proc/self/fd")), threading.active_count(), len(os.listdir("/proc/self/task")), rss
@@ -490,12 +506,11 @@ for turn in range(200):
     if turn % 2: ranklog.finish()
     else: run.finish(wait=None)
     if turn == 20: first = look()
-last = look()
-print(first, last)
-assert last[:3] == first[:3], (first, last)
+deadline = time.monotonic() + 5
+while (last := look())[2] > first[2] and time.monotonic() < deadline: pass  # libzmq's threads end on their own.
+assert last[:2] == first[:2] and last[2] <= first[2], (first, last)
 assert last[3] - first[3] < 4 << 20, (first, last)
-""", timeout_s=120, RANKLOG_QUIET="1")  # fmt: skip
-    assert output
+""", RANKLOG_QUIET="1")  # fmt: skip
     rig.adopted()
     written = rig.written()
     assert len(written) == 200
@@ -522,19 +537,17 @@ def test_a_process_without_a_free_descriptor_goes_on_and_its_records_are_adopted
     """libzmq aborts a process that has none left for a new context."""
     rig.start_daemon()
     rig.client("""
-import os, resource, ranklog
-run = ranklog.init(project="p", mode="offline")
-run.finish()
+import os, resource, ranklog, ranklog.transport
 keep = []
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 try:
     while True: keep.append(os.open("/dev/null", os.O_RDONLY))
 except OSError: pass
 for fd in keep[-9:]: os.close(fd)  # Enough for a journal, not for a socket.
-ranklog.init(project="p", id="full")
+ranklog.init(project="p")
 for i in range(1000): ranklog.log({"i": i})
 os._exit(0)
 """)
     rig.adopted()
-    [records] = [records for records in rig.written().values() if len(records) > 2]
+    [records] = rig.written().values()
     assert logged(records, "i") == list(range(1000))

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 
 _BITS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
-_LABEL_WIDTH = 7
+_LABEL_WIDTH = 9  # -1.23e-45
 
 
 def plot(points: Sequence[tuple[float, float]], *, width: int, height: int, ascii_only: bool = False) -> list[str]:
@@ -26,8 +26,8 @@ def plot(points: Sequence[tuple[float, float]], *, width: int, height: int, asci
     cells = [[0] * columns for _ in range(rows)]
     before: tuple[int, int] | None = None
     for x, y in finite:
-        column = round((x - first) / ((last - first) or 1.0) * (columns * across - 1))
-        row = round((high - y) / ((high - low) or 1.0) * (rows * down - 1))
+        column = round(_share(x, first, last) * (columns * across - 1))
+        row = round(_share(y, high, low) * (rows * down - 1))
         for c, r in _joined(before, (column, row)):
             cells[r // down][c // across] |= 1 if ascii_only else _BITS[r % 4][c % 2]
         before = (column, row)
@@ -38,7 +38,12 @@ def plot(points: Sequence[tuple[float, float]], *, width: int, height: int, asci
         for label, line in zip(labels, cells, strict=True)
     ]
     axis = f"{first:.0f}"
-    return [*lines, f"{'':{_LABEL_WIDTH + 2}}{axis}{f'{last:.0f}':>{columns - len(axis)}}"]
+    return [*lines, f"{'':{_LABEL_WIDTH + 2}}{axis}{f'{last:.0f}':>{max(0, columns - len(axis))}}"]
+
+
+def _share(value: float, start: float, end: float) -> float:
+    """Return how far `value` is on the way from start to end, 0 to 1; halved, for the way itself may be no float."""
+    return (value / 2 - start / 2) / ((end / 2 - start / 2) or 1.0)
 
 
 def _joined(start: tuple[int, int] | None, end: tuple[int, int]) -> list[tuple[int, int]]:

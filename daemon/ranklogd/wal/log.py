@@ -1,7 +1,8 @@
 """The write-ahead log: append, group commit, roll. One owner, the ingest loop; no thread, no clock of its own.
 
     append ─▶ pending (memory) ─▶ commit: one write + one fdatasync ─▶ durable, then the caller may acknowledge
-    roll:  fdatasync A → create B (header, fsync, rename, fsync dir) → rename A to its sealed name, fsync dir → append to B
+    roll:  fdatasync A → create B (header, fsync, rename, fsync dir) → rename A to its sealed name, fsync dir
+           → append to B
 
 B's header holds what is durable in A, and B exists before A can be converted and unlinked: otherwise a power cut
 could forget the lsn, or what was acknowledged.

@@ -86,7 +86,7 @@ def _read_open(found: Recovered, path: Path, first: int, limit: int | None, now_
         last = max(last, _apply(found.marks, item, now_s))
         offset = item.end
     if offset < len(buffer):
-        found.notes.append(f"{path.name}: cut {len(buffer) - offset} bytes at offset {offset} that were never acknowledged")
+        found.notes.append(f"{path.name}: cut off {len(buffer) - offset} bytes that were never acknowledged")
     _settle(path, offset)
     found.leftovers.append((path, first, last))
     found.next_lsn = max(found.next_lsn, last + 1, first)
