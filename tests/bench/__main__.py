@@ -1,8 +1,8 @@
 """Measure what ranklog promises to cost: `python -m tests.bench`, from the root of the project.
 
 Every figure runs on a private node in temporary directories: processes, journals and disks of its own. Floors are
-measured in the same run, so ratios can be compared between machines and digits cannot. Exit codes: 0 measured,
-1 a figure could not be measured for a reason that is not the machine's, 2 usage. A missed budget is a result, not an error.
+measured in the same run, so ratios can be compared between machines and digits cannot. A missed budget is a result,
+not an error: the exit code is 0 if all was measured or skipped for what the machine lacks, 1 if not, 2 for usage.
 """
 
 import argparse

@@ -11,13 +11,12 @@ import sys
 from contextlib import ExitStack
 from typing import Any
 
-from ranklog import control
-
 from bench.ledger import account
 from bench.node import Node, Options, private_node
 from bench.processes import cpu_s
 from bench.rows import Row
 from bench.trainers import Trainer, run_all, trainers
+from ranklog import control
 
 _DRIVER = "bench.wire_driver"
 WRITERS, PROCESSES = 256, 8

@@ -1,4 +1,7 @@
-"""What a call of `log()` costs the training: flat out, paced under everything that may happen to the daemon, and in CPU."""
+"""What a call of `log()` costs the training: flat out; paced, whatever happens to daemon and disk; and in CPU.
+
+Paced calls are compared with raw_write in blocks that alternate within one process, so that both meet the same machine.
+"""
 
 import os
 import shutil
@@ -32,7 +35,7 @@ def log_flat(options: Options) -> list[Row]:
         return statistics.median(run[call][figure] for run in runs)
 
     note = f"median of {len(runs)} processes of {count} calls each; floor: packb + crc32 + pwrite in tmpfs"
-    alone = f"raw_write alone: p50 {middle('raw', 'p50'):.3g}, p99 {middle('raw', 'p99'):.3g}, max {middle('raw', 'max'):.3g} µs"
+    alone = "raw_write alone: " + ", ".join(f"{name} {middle('raw', name):.3g} µs" for name in ("p50", "p99", "max"))
     return [
         Row(
             figure="log() flat out, p50",

@@ -122,7 +122,7 @@ def shard_bytes(options: Options) -> list[Row]:
             with trainers(node, "counted", 8, counter=str(node.shm / "counter"), **sizes) as ranks:
                 run_all(ranks)
                 node.flush()
-                found = account(node.store, {rank: count for rank in range(8)})
+                found = account(node.store, dict.fromkeys(range(8), count))
                 for rank in ranks:
                     rank.end()
             wide = floors.wide_bytes(node.root / "wide.parquet", _wide(8 * count))

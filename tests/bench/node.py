@@ -26,7 +26,7 @@ from ranklog.wire import Wait
 from ranklogd.statedir import StateDir
 
 ROOT = Path(__file__).resolve().parents[2]
-SHM = Path("/dev/shm")  # noqa: S108
+SHM = Path("/dev/shm")
 START_TIMEOUT_S = 30.0
 WAIT_S = 300.0
 _POLL_S = 0.01
@@ -38,7 +38,7 @@ class Options:
     """What the person at the terminal asked for."""
 
     quick: bool = False
-    directory: Path = Path("/var/tmp")  # noqa: S108
+    directory: Path = Path("/var/tmp")
     """On the disk to measure: state, spool, store and the checkpoint go below it."""
     checkpoint_bytes: int = 10_000_000_000
 

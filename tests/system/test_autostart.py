@@ -1,4 +1,4 @@
-"""RANKLOG_AUTOSTART: of many ranks that find no daemon, one starts a detached one; nothing of it can hurt the trainer."""
+"""RANKLOG_AUTOSTART: of many ranks that find no daemon, one starts a detached one; no trainer is hurt by it."""
 
 import os
 import signal
@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from node import Node, wait_for
 
+from node import Node, wait_for
 from ranklog.autostart import is_listening
 
 START = """
@@ -21,7 +21,10 @@ while not os.path.exists("go"):
     pass
 print(start_if_absent(Settings.from_env()))
 """
-ONCE = "from ranklog.autostart import start_if_absent as s; from ranklog.config import Settings; print(s(Settings.from_env()))"
+ONCE = (
+    "from ranklog.autostart import start_if_absent as s; from ranklog.config import Settings; "
+    "print(s(Settings.from_env()))"
+)
 
 
 @pytest.fixture
@@ -41,8 +44,9 @@ def ready(node: Node) -> int:
 
 
 def test_of_many_ranks_at_once_exactly_one_starts_a_daemon(node):
+    command = [sys.executable, "-c", START]
     ranks = [
-        subprocess.Popen([sys.executable, "-c", START, f"rank{n}"], env=node.env, cwd=node.path, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([*command, f"rank{n}"], env=node.env, cwd=node.path, stdout=subprocess.PIPE, text=True)
         for n in range(8)
     ]
     wait_for(lambda: all((node.path / f"rank{n}").exists() for n in range(8)), "all ranks are there")

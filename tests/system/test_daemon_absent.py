@@ -2,7 +2,6 @@
 within the caps, and what is beyond them is accounted for by gaps.
 """
 
-import os
 import signal
 import subprocess
 import time
@@ -10,17 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import Rig, gaps, logged, wait_for
 
+from harness import Rig, gaps, logged, wait_for
 from ranklog.frame import Kind
 
 TRAINER = """
 import os, sys, time, ranklog
 run = ranklog.init(project="p", id="job", rank=int(sys.argv[1]))
 i, slowest, ends_s = 0, 0.0, time.monotonic() + float(sys.argv[2])
+more = {f"k{n}": n / 7 for n in range(11)}
 while time.monotonic() < ends_s and not os.path.exists("enough"):
     began = time.perf_counter()
-    ranklog.log({"i": i, "x": i / 7})
+    ranklog.log({"i": i, **more})
     slowest = max(slowest, time.perf_counter() - began)
     i += 1
     if sys.argv[3] == "paced": time.sleep(0.0005)
@@ -30,6 +30,12 @@ began = time.monotonic()
 ranklog.finish(timeout=15)
 print(i, refused, slowest, time.monotonic() - began)
 """
+TINY = {
+    "RANKLOG_JOURNAL_FILE_SIZE_BYTES": "16K",
+    "RANKLOG_JOURNAL_SIZE_BYTES": "64K",
+    "RANKLOG_SPOOL_SIZE_BYTES": "64K",
+}
+"""Caps that are reached at once."""
 SLOW_S = 0.25
 """Longer than any call of log() takes, even beside other work on two cores; shorter than any wait would be."""
 
@@ -46,8 +52,9 @@ class Told:
     def __init__(self, client: "subprocess.Popen[str]") -> None:
         output, self.errors = client.communicate(timeout=60)
         assert client.returncode == 0, self.errors
-        count, refused, slowest, finish = output.split()[-4:]
-        self.count, self.refused, self.slowest_s, self.finish_s = int(count), int(refused), float(slowest), float(finish)
+        count, refused, slowest, finish = output.split()
+        self.count, self.refused = int(count), int(refused)
+        self.slowest_s, self.finish_s = float(slowest), float(finish)
 
 
 def pass_s(seconds: float) -> None:
@@ -246,11 +253,6 @@ for i in range(2000, 4000): ranklog.log({"i": i})
 
 
 def test_beyond_the_caps_the_newest_records_are_refused_and_gaps_account_for_each(rig: Rig, tmp_path: Path):
-    tiny = {
-        "RANKLOG_JOURNAL_FILE_SIZE_BYTES": "16K",
-        "RANKLOG_JOURNAL_SIZE_BYTES": "64K",
-        "RANKLOG_SPOOL_SIZE_BYTES": "64K",
-    }
     client = rig.spawn("""
 import sys, time, ranklog
 run = ranklog.init(project="p")
@@ -275,7 +277,7 @@ while accepted[-1] < 8000 and time.monotonic() < ends_s:
 for i in range(i, i + 100): note(i)
 ranklog.finish()
 print(run._finished, slowest, *accepted)
-""", **tiny)  # fmt: skip
+""", **TINY)  # fmt: skip
     word, refused = client.stdout.readline().split()
     assert (word, int(refused) > 1000) == ("full", True)
     rig.start_daemon()
@@ -306,7 +308,7 @@ run = ranklog.init(project="p")
 for i in range(3000): ranklog.log({{"i": i, "pad": "x" * 100}})
 assert run._writer.refused > 1000
 {leave}
-""", RANKLOG_JOURNAL_FILE_SIZE_BYTES="16K", RANKLOG_JOURNAL_SIZE_BYTES="64K", RANKLOG_SPOOL_SIZE_BYTES="8K")  # fmt: skip
+""", **TINY)  # fmt: skip
     rig.start_daemon()
     rig.adopted()
     written = rig.written()
@@ -314,6 +316,26 @@ assert run._writer.refused > 1000
     for records in written.values():
         assert records[-1].last in (3000, 3001), "all 3000, or they and the end record"
         assert sum(last - first + 1 for first, last in gaps(records)) > 1000
+
+
+def test_a_gap_that_is_still_open_when_all_else_was_taken_is_not_forgotten(rig: Rig):
+    client = rig.spawn("""
+import sys, ranklog
+run = ranklog.init(project="p")
+for i in range(3000): ranklog.log({"i": i, "pad": "x" * 100})
+print(run._writer.refused, flush=True)
+sys.stdin.readline()
+assert run._writer.flush(10), "all that was accepted is durable"
+""", **TINY)  # fmt: skip
+    refused = int(client.stdout.readline())
+    rig.start_daemon()
+    _, errors = client.communicate("go\n", timeout=20)
+    assert client.returncode == 0, errors
+    rig.adopted()
+    [records] = rig.written().values()
+    assert records[-1].kind == Kind.GAP
+    assert records[-1].last == 3000
+    assert sum(last - first + 1 for first, last in gaps(records)) == refused > 1000
 
 
 def test_a_record_larger_than_the_limit_costs_itself_and_one_warning(rig: Rig):
@@ -356,8 +378,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A tmpfs of 1 MiB."""
     path = tmp_path / "small"
     path.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)], capture_output=True, check=False)
-    if made.returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("needs root, to mount a small tmpfs")
     yield path
     subprocess.run(["umount", "-l", str(path)], check=True)

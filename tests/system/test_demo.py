@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +10,11 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from cli import environment, ranklog
 from hypothesis import given
 from hypothesis import strategies as st
-from node import Node
 
+from cli import environment, ranklog
+from node import Node
 from ranklogd.commands.demo import thinned
 from ranklogd.commands.plot import plot
 from ranklogd.commands.proof import KEYS, Rows
@@ -32,9 +31,10 @@ def demo(home: Path, *arguments: str, **env: str) -> dict:
 def rows_in(store: Path, run: str) -> list[tuple]:
     """(rank, attempt, records, rows) as a plain parquet reader counts them."""
     files = str(store / "v1/project_id=demo" / f"run_id={run}" / "*.parquet")
-    counts = "count(DISTINCT step), count(*)"
+    what = "rank, attempt, count(DISTINCT step), count(*)"
+    which = "kind = 'metrics' AND rank IS NOT NULL"
     return duckdb.sql(
-        f"SELECT rank, attempt, {counts} FROM read_parquet('{files}') WHERE kind = 'metrics' AND rank IS NOT NULL GROUP BY 1, 2 ORDER BY 1, 2"
+        f"SELECT {what} FROM read_parquet('{files}') WHERE {which} GROUP BY 1, 2 ORDER BY 1, 2"
     ).fetchall()
 
 
@@ -63,7 +63,8 @@ def test_it_touches_no_daemon_and_no_configuration_of_this_node(tmp_path):
     with Node(tmp_path / "node-with-a-daemon") as node:
         node.path.mkdir()
         daemon = node.start_daemon()
-        facts = demo(tmp_path, "--dir", str(tmp_path / "data"), **{k: v for k, v in node.env.items() if "RANKLOG" in k}, RANK="5")
+        configured = {name: value for name, value in node.env.items() if "RANKLOG" in name}
+        facts = demo(tmp_path, "--dir", str(tmp_path / "data"), **configured, RANK="5")
         assert facts["to"] == str(tmp_path / "data")
         assert node.ping() == daemon.pid
         assert node.status()["records"] == 0
@@ -94,7 +95,8 @@ def test_on_a_terminal_of_80_columns_it_tells_proves_plots_and_says_what_to_try_
     for command in (next_steps[0], next_steps[1], next_steps[2]):
         tried = subprocess.run(
             f"ranklog() {{ {sys.executable} -m ranklog.cli \"$@\"; }}; {command}",
-            shell=True, env=environment(tmp_path), cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+            shell=True, env=environment(tmp_path), cwd=tmp_path, capture_output=True, text=True, timeout=60,
+            check=False,
         )  # fmt: skip
         assert (tried.returncode, tried.stderr) == (0, ""), command
         assert len(tried.stdout.splitlines()) > 1
@@ -137,25 +139,32 @@ def test_a_record_whose_log_had_not_returned_is_neither_lost_nor_doubled(tmp_pat
 
 
 def test_a_falling_line_begins_top_left_and_ends_bottom_right():
-    lines = plot([(0, 1.0), (10, 0.5), (20, 0.0)], width=31, height=5, ascii_only=True)
-    assert lines == [
-        "      1 |***                   ",
-        "        |   *******            ",
-        "        |          ********    ",
-        "      0 |                  ****",
-        "         0                   20",
+    line = [(0, 1.0), (10, 0.5), (20, 0.0)]
+    assert plot(line, width=32, height=5, ascii_only=True) == [
+        "         1 |*****               ",
+        "           |     *****          ",
+        "           |          ********* ",
+        "         0 |                   *",
+        "            0                 20",
+    ]
+    assert plot(line, width=32, height=5) == [
+        "         1 ┤⠉⠑⠢⠤⣀               ",
+        "           ┤     ⠉⠑⠢⠤⣀          ",
+        "           ┤          ⠉⠑⠒⠤⢄⡀    ",
+        "         0 ┤               ⠈⠉⠒⠢⢄",
+        "            0                 20",
     ]
 
 
 @given(
-    st.lists(st.tuples(st.floats(-1e9, 1e9), st.floats(allow_nan=True, allow_infinity=True)), max_size=50),
+    st.lists(st.tuples(st.floats(), st.floats(allow_nan=True, allow_infinity=True)), max_size=50),
     st.integers(1, 100),
     st.integers(1, 30),
     st.booleans(),
 )
 def test_a_plot_of_anything_keeps_its_size(points, width, height, ascii_only):
     lines = plot(points, width=width, height=height, ascii_only=ascii_only)
-    finite = [y for _, y in points if math.isfinite(y)]
+    finite = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
     assert bool(lines) == (len(finite) >= 2)
     assert len(lines) in (0, max(3, height))
     body = lines[:-1]

@@ -14,8 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from node import Node, wait_for
 
+from node import Node, wait_for
 from ranklog.autostart import is_listening
 
 RANKLOG = [sys.executable, "-m", "ranklog.cli"]
@@ -199,8 +199,9 @@ def test_a_daemon_that_was_there_is_joined_and_left_alone(node):
 
 
 def test_to_join_a_daemon_no_extra_is_needed_and_to_start_one_the_pip_line_is_told(node):
-    hide = "import sys; sys.modules.update(dict.fromkeys(['pyarrow', 'numpy', 'watchdog'])); from ranklog.cli import main"
-    command = [sys.executable, "-c", f"{hide}; sys.exit(main(['run', 'echo', 'ran']))"]
+    hide = "import sys; sys.modules.update(dict.fromkeys(['pyarrow', 'numpy', 'watchdog']))"
+    call = "from ranklog.cli import main; sys.exit(main(['run', 'echo', 'ran']))"
+    command = [sys.executable, "-c", f"{hide}; {call}"]
     alone = node.run(command)
     assert (alone.returncode, alone.stdout) == (2, "")
     assert 'pip install "ranklog[daemon]"' in alone.stderr
@@ -261,6 +262,17 @@ def test_a_daemon_that_dies_is_started_again_beside_the_job(node):
     assert node.leftovers() == []
 
 
+def test_a_daemon_that_dies_during_the_drain_is_started_again_and_the_drain_goes_on(node):
+    process = start(node, "--drain", "60s", "--to", blocked(node), "--", *job("a", 40))
+    wait_for(lambda: answering(node) and node.status()["shipper"].get("last_error"), "the drain has met the wall")
+    pid = answering(node)
+    os.kill(pid, signal.SIGKILL)
+    (node.path / "wall").unlink()
+    assert process.wait(40) == 0
+    assert process.stderr.read().count("records are not in") == 0
+    assert list((node.path / "wall/store").glob("v1/**/*.parquet"))
+
+
 def test_a_daemon_that_cannot_start_is_125_with_its_own_words_and_the_job_does_not_run(node):
     daemon = node.start_daemon()
     place = node.path / "elsewhere"
@@ -300,7 +312,8 @@ def test_a_failed_drain_keeps_the_exit_code_and_prints_the_command_that_brings_t
 
 
 def test_a_signal_during_the_drain_ends_it_at_once_with_the_jobs_code(node):
-    process = start(node, "--drain", "600s", "--to", blocked(node), "--", "sh", "-c", f"{shlex.join(job('a', 40))}; exit 3")
+    script = f"{shlex.join(job('a', 40))}; exit 3"
+    process = start(node, "--drain", "600s", "--to", blocked(node), "--", "sh", "-c", script)
     wait_for(lambda: answering(node) and node.status()["shipper"].get("last_error"), "the drain has met the wall")
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 3
@@ -390,7 +403,8 @@ def test_in_a_terminal_the_job_has_the_keyboard_and_ctrl_c_is_its_own(node):
 
 def test_in_a_terminal_ctrl_z_stops_run_and_job_and_both_go_on(node):
     script = "import time, os; print('ready', flush=True)\nwhile not os.path.exists('enough'): time.sleep(0.01)"
-    process, keyboard = terminal(node, "sh", "-ic", f"{shlex.join(RUN)} {sys.executable} -c {shlex.quote(script)}; echo stopped $?; fg; echo code $?")
+    command = shlex.join([*RUN, sys.executable, "-c", script])
+    process, keyboard = terminal(node, "sh", "-ic", f"{command}; echo stopped $?; fg; echo code $?")
     read_until(keyboard, "ready")
     os.write(keyboard, b"\x1a")
     read_until(keyboard, "stopped 14")  # 128 + SIGSTOP or SIGTSTP, as the shell counts.

@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from node import Node, wait_for
 
+from node import Node, wait_for
 from ranklog.autostart import is_listening
 
 SYNC = [sys.executable, "-m", "ranklog.cli", "sync"]

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from ranklog.reader.runs import RunSummary
 
 # In order of importance: a narrow terminal shows the first ones.
-_HEADER = ("project", "run", "ranks", "records", "last (UTC)", "size", "name", "shards", "rows", "first (UTC)")
-_LOOKS = [Look.NUMBER if name in ("records", "size", "shards", "rows") else Look.TEXT for name in _HEADER]
+_HEADER = ("project", "name", "run", "ranks", "records", "last (UTC)", "size", "shards", "rows", "first (UTC)")
+_LOOKS = [Look.TEXT] * 4 + [Look.NUMBER, Look.TIME, Look.NUMBER, Look.NUMBER, Look.NUMBER, Look.TIME]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,12 +61,12 @@ def run(args: argparse.Namespace) -> int:
 def _as_row(summary: "RunSummary") -> list[str]:
     return [
         summary.project,
+        summary.name,
         summary.run,
         rank_ranges(summary.ranks),
         "?" if summary.records is None else f"{summary.records:,}",
         _minute(summary.last_ts_us),
         human_size(summary.size_bytes),
-        summary.name,
         f"{summary.shards:,}",
         f"{summary.rows:,}",
         _minute(summary.first_ts_us),

@@ -29,12 +29,11 @@ def shard_errors(store: Store, shards: Sequence[Shard], *, users_statement: bool
     """
     try:
         yield
-    except (FileNotFoundError, duckdb.IOException) as exc:
-        # Compaction removes merged shards after a while: one may have gone between listing and reading.
-        raise StoreError(
-            f"a shard of {store.url} cannot be read; try again: {first_line(exc)}", permanent=False
-        ) from exc
-    except duckdb.Error as exc:
+    except (FileNotFoundError, duckdb.Error) as exc:
+        missing = [path for path in local_paths(store, shards) if not path.exists()]
+        if missing:
+            # Compaction removes merged shards after a while: one may have gone between listing and reading.
+            raise StoreError(f"{missing[0]} has gone from the store; try again", permanent=False) from exc
         # Most complaints of the parquet reader have no class of their own; the user's mistakes do.
         if users_statement and type(exc) not in (duckdb.Error, duckdb.InvalidInputException):
             raise

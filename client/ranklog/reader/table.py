@@ -22,7 +22,7 @@ POINTS_PER_BUCKET = 4
 """First, last, lowest, highest."""
 
 _SELECT = """
-SELECT * FROM records WHERE {where}
+SELECT * FROM records {kept} WHERE {where}
 ORDER BY key, rank NULLS LAST, step NULLS LAST, seq, project, run, kind, role, writer
 """
 
@@ -39,7 +39,8 @@ FROM records WHERE {where} GROUP BY ALL
 _KEPT = """
 CREATE TEMP TABLE kept AS
 WITH placed AS (
-    SELECT s.*, r.writer, r.seq, if(isnan(r.value), NULL, r.value) AS value,
+    SELECT s.*, {{'writer': r.writer, 'seq': r.seq, 'kind': r.kind, 'key': r.key}} AS row_id,
+           if(isnan(r.value), NULL, r.value) AS value,
            (if(stepped, r.step, epoch_us(r.ts)), r.seq) AS x,
            if(points <= {points}, r.writer, '') AS bucket_writer,
            if(points <= {points}, r.seq::DOUBLE,
@@ -50,9 +51,11 @@ WITH placed AS (
      AND r.role IS NOT DISTINCT FROM s.role AND r.rank IS NOT DISTINCT FROM s.rank
      AND if(r.rank IS NULL, r.node, '') = s.place
 )
-SELECT DISTINCT unnest([min_by((writer, seq, kind, key), x), max_by((writer, seq, kind, key), x),
-                        min_by((writer, seq, kind, key), value), max_by((writer, seq, kind, key), value)]) AS row_id
-FROM placed GROUP BY project, run, kind, key, role, rank, place, bucket_writer, bucket
+SELECT DISTINCT writer, seq, kind, key FROM (
+    SELECT unnest([min_by(row_id, x), max_by(row_id, x), min_by(row_id, value), max_by(row_id, value)],
+                  recursive := true)
+    FROM placed GROUP BY project, run, kind, key, role, rank, place, bucket_writer, bucket
+)
 """
 
 
@@ -85,13 +88,14 @@ def _select(url: str, project: str | None, run: str | None, where: str, max_poin
     store = open_store(url)
     shards = find_shards(store, project, run)
     with connect_shards(store, shards) as con, shard_errors(store, shards):
+        kept = ""
         if max_points is not None:
             fetch_table(con, _SERIES.format(where=where))
             if (fetch_table(con, "SELECT max(points) FROM series").column(0)[0].as_py() or 0) > max_points:
                 buckets = max_points // POINTS_PER_BUCKET
                 fetch_table(con, _KEPT.format(where=where, points=max_points, buckets=buckets))
-                where += " AND (writer, seq, kind, key) IN (SELECT row_id FROM kept)"
-        return fetch_table(con, _SELECT.format(where=where))
+                kept = "SEMI JOIN kept USING (writer, seq, kind, key)"
+        return fetch_table(con, _SELECT.format(kept=kept, where=where))
 
 
 def _where(keys: str | Iterable[str] | None, ranks: int | Iterable[int] | None, kinds: str | Iterable[str]) -> str:

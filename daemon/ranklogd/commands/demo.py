@@ -164,7 +164,7 @@ def _print_proof(attempts: "list[Attempt]", *, sound: bool) -> None:
     extra = sum(a.unreturned for a in attempts)
     if extra:
         print(f"and {extra} whose log() had not returned yet when its rank was killed")
-    print(f"\n{'Nothing lost, nothing doubled.' if sound else 'Records are lost or doubled: a bug. Please report it.'}\n")
+    print("\nNothing lost, nothing doubled.\n" if sound else "\nRecords are lost or doubled: a bug, please report it\n")
 
 
 def _print_loss(rows: "Rows") -> None:

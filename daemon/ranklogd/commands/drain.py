@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ranklog import control
@@ -19,8 +20,10 @@ from ranklog.errors import NoDaemon
 from ranklog.wire import Wait
 from ranklogd.commands.launcher import Launcher, Pause
 
-LOOK_INTERVAL_S = 0.2
+LOOK_INTERVAL_S = 0.02
+SHOW_INTERVAL_S = 0.5
 SHOW_AFTER_S = 1.0  # What takes no longer needs no progress.
+RETRY_INTERVAL_S = 0.2
 _CLEAR_LINE = "\r\x1b[K"
 
 
@@ -41,19 +44,23 @@ class Drained:
 
 
 class Progress:
-    """One line on a terminal that is rewritten in place; nothing anywhere else."""
+    """One line on a terminal that is rewritten in place, now and then; nothing anywhere else."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._loud = not quiet and sys.stderr.isatty()
         self._shown = False
-        self._began_s = time.monotonic()
+        self._next_s = time.monotonic() + SHOW_AFTER_S
+
+    def due(self) -> bool:
+        """Return whether a new line would be seen."""
+        return self._loud and time.monotonic() >= self._next_s
 
     def show(self, text: str) -> None:
         """Replace the line."""
-        if self._loud and time.monotonic() - self._began_s >= SHOW_AFTER_S:
-            sys.stderr.write(f"{_CLEAR_LINE}ranklog: {text}")
-            sys.stderr.flush()
-            self._shown = True
+        self._next_s = time.monotonic() + SHOW_INTERVAL_S
+        sys.stderr.write(f"{_CLEAR_LINE}ranklog: {text}")
+        sys.stderr.flush()
+        self._shown = True
 
     def clear(self) -> None:
         """Take the line away."""
@@ -92,16 +99,16 @@ def drain(
     uploaded_before = _mark(before, "uploaded")
     done, stopped_by = False, "the time was not enough"
     while (left_s := deadline_s - time.monotonic()) > 0:
-        asking = _Asking(lambda left_s=left_s: _both(settings, left_s))  # type: ignore[misc]
+        asking = _Asking(partial(_both, settings, left_s))
         asking.start()
-        called_off = _watch(asking, settings, deadline_s, pause, progress)
+        called_off = _watch(asking, launcher, deadline_s, pause, progress)
         done = asking.answer is not None and asking.answer.done
         if called_off:
             stopped_by = "it was interrupted"
         if done or called_off or asking.answer is not None:
             break
         launcher.tend()
-        if pause(LOOK_INTERVAL_S):
+        if pause(RETRY_INTERVAL_S):
             stopped_by = "it was interrupted"
             break
     progress.clear()
@@ -122,18 +129,20 @@ def _both(settings: Settings, timeout_s: float) -> Flushed:
     return control.flush(settings, Wait.UPLOADED, max(0.0, deadline_s - time.monotonic()))
 
 
-def _watch(asking: _Asking, settings: Settings, deadline_s: float, pause: Pause, progress: Progress) -> bool:
+def _watch(asking: _Asking, launcher: Launcher, deadline_s: float, pause: Pause, progress: Progress) -> bool:
     """Wait for the answer or the deadline; True if it was called off."""
     while asking.is_alive() and time.monotonic() < deadline_s:
         if pause(LOOK_INTERVAL_S):
             return True
-        now = snapshot(settings)
-        trouble = why_pending(now)
-        left_s = max(0.0, deadline_s - time.monotonic())
-        progress.show(
-            f"bringing in what is left: {_waiting(now):,} records to upload, {left_s:.0f} s left"
-            + (f" ({trouble})" if trouble else "")
-        )
+        launcher.tend()
+        if progress.due():
+            now = snapshot(launcher.settings)
+            trouble = why_pending(now)
+            left_s = max(0.0, deadline_s - time.monotonic())
+            progress.show(
+                f"bringing in what is left: {_waiting(now):,} records to upload, {left_s:.0f} s left"
+                + (f" ({trouble})" if trouble else "")
+            )
     return False
 
 

@@ -41,6 +41,7 @@ IDLE_EXIT = "1h"
 LOOK_INTERVAL_S = 0.05
 PING_TIMEOUT_S = 2.0
 RESTART_PAUSE_S_MAX = 60.0
+TEND_INTERVAL_S = 1.0
 START_TIMEOUT_S = 30.0
 """For recovery and Python's imports on a slow disk, beyond the wait for the state directory's lock."""
 DRAIN_S_MIN = 1.0
@@ -81,7 +82,7 @@ class Launcher:
         self._lease = -1
         self._process: Child | None = None
         self._log_offset = 0
-        self._restart_at_s = self._restart_pause_s = 0.0
+        self._look_at_s = self._restart_pause_s = 0.0
 
     @property
     def log_path(self) -> Path:
@@ -194,19 +195,19 @@ class Launcher:
             raise CalledOff
 
     def tend(self) -> None:
-        """Start the daemon again if it died. Costs a system call or two; call it about once a second."""
+        """Start the daemon again if it died. Looks about once a second, and at once if the one we started died."""
         now_s = time.monotonic()
-        if not self.started or now_s < self._restart_at_s:
+        fell = self._process is not None and self._process.exit_code is not None
+        if not self.started or (now_s < self._look_at_s and not (fell and not self._restart_pause_s)):
             return
         try:
-            if not self._start():
-                self._restart_pause_s = 0.0
-                return
+            restarted = self._start()
         except OSError as exc:
             sys.stderr.write(f"ranklog: the daemon ended and could not be started again: {exc}\n")
-        # A second user's daemon that dies with the first would otherwise be started twice a second, for ever.
-        self._restart_pause_s = min(RESTART_PAUSE_S_MAX, max(1.0, self._restart_pause_s * 2))
-        self._restart_at_s = now_s + self._restart_pause_s
+            restarted = True
+        # One that dies as soon as it is started would otherwise be started for ever.
+        self._restart_pause_s = min(RESTART_PAUSE_S_MAX, max(1.0, self._restart_pause_s * 2)) if restarted else 0.0
+        self._look_at_s = now_s + (self._restart_pause_s or TEND_INTERVAL_S)
 
     def leave(self, timeout_s: float) -> None:
         """Stop the daemon if this was its last user and such a command started it; let go of it in any case.

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 
 _BITS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
-_LABEL_WIDTH = 9  # -1.23e-45
+_LABEL_WIDTH = 10  # -1.23e-308
 
 
 def plot(points: Sequence[tuple[float, float]], *, width: int, height: int, ascii_only: bool = False) -> list[str]:

@@ -21,7 +21,7 @@ from ranklog.config import environment
 from ranklog.errors import UsageError
 from ranklog.names import new_run_id
 from ranklogd.commands.drain import Drained, Progress, drain, snapshot
-from ranklogd.commands.launcher import CalledOff, CannotStart, Launcher
+from ranklogd.commands.launcher import TEND_INTERVAL_S, CalledOff, CannotStart, Launcher
 from ranklogd.commands.process import (
     ENDING,
     EXIT_NOT_EXECUTABLE,
@@ -36,7 +36,6 @@ from ranklogd.units import parse_duration
 
 EXIT_NO_START = 125
 LOCK_WAIT_S = 30.0
-TEND_INTERVAL_S = 1.0
 _PLACES = ("to", "state_dir", "runtime_dir")
 
 
