@@ -10,23 +10,25 @@ as its daemon answers: a hard link, so the shipper may convert and unlink the fi
 `ranklog.frame` and `ranklogd.wal.segment` alone; `shard_rows` reads the parquet with pyarrow alone.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.parquet
+import pytest
 
 from node import Node, wait_for
-from ranklog.frame import Kind, body_at, decode_body, spans
+from ranklog.frame import Kind, Span, body_at, decode_body, spans
 from ranklog.start import Start, start_from_map
 from ranklogd.wal import segment
 from ranklogd.wal.segment import BATCH, Damage, EntryType
 
-__all__ = ["Record", "Rig", "check_whole", "gaps", "logged", "shard_rows", "wait_for"]
+__all__ = ["Record", "Rig", "check_whole", "gaps", "logged", "on_disk", "shard_rows", "small_tmpfs", "wait_for"]
 
 
 class Record(NamedTuple):
@@ -147,12 +149,38 @@ def _segment_records(data: bytes) -> Iterable[tuple[str, list[Record]]]:
 def _records(buffer: memoryview, offset: int) -> Iterable[Record]:
     end = offset
     for span in spans(buffer, offset):
-        body = body_at(buffer, span.offset)
-        assert body is not None
-        kind, seq, _, step, payload = decode_body(body)
         end = span.end
-        yield Record(seq, Kind(kind), step, payload)
+        yield _record(buffer, span)
     assert end == len(buffer), "bytes behind the last frame"
+
+
+def _record(buffer: memoryview, span: Span) -> Record:
+    body = body_at(buffer, span.offset)
+    assert body is not None, "spans yields whole frames"
+    kind, seq, _, step, payload = decode_body(body)
+    return Record(seq, Kind(kind), step, payload)
+
+
+def on_disk(*directories: Path) -> Written:
+    """Return the records in the journal and spool files of these directories by writer: what a daemon would adopt."""
+    files: dict[str, list[list[Record]]] = {}
+    for path in (path for directory in directories for path in directory.glob("[!.]*")):
+        start, *found = _frames(path.read_bytes())
+        assert start.kind == Kind.START, path
+        files.setdefault(path.name.partition(".")[0], []).append([start] if not found else found)
+    written: Written = {}
+    for writer, pieces in files.items():
+        records = written.setdefault(writer, [])
+        for record in (record for piece in sorted(pieces, key=lambda piece: piece[0].seq) for record in piece):
+            if not records or record.seq > records[-1].last:
+                records.append(record)
+    return written
+
+
+def _frames(data: bytes) -> Iterable[Record]:
+    """Return the frames from the head of a file up to the first that does not follow."""
+    buffer = memoryview(data)
+    return (_record(buffer, span) for span in spans(buffer))
 
 
 def check_whole(records: list[Record], writer: str = "") -> None:
@@ -179,3 +207,16 @@ def shard_rows(root: Path) -> list[dict[str, Any]]:
     for path in sorted(root.rglob("*.parquet")):
         rows += pyarrow.parquet.ParquetFile(path).read().to_pylist()
     return rows
+
+
+@contextlib.contextmanager
+def small_tmpfs(path: Path, size_bytes: int = 1 << 20) -> Iterator[Path]:
+    """Mount a tmpfs of that size at a new directory `path`; the test is skipped where that is not allowed."""
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", str(path)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs root, to mount a small tmpfs")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)

@@ -3,31 +3,37 @@
 What the daemon is told here is made by hand, byte by byte: none of the client's journal, sender or transport.
 """
 
+import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import zmq
+
 from ranklog import wire
 from ranklog.frame import HEADER, Kind, body_at, decode_body, spans
 from ranklog.layout import Lsn
 from ranklog.start import Start, encode_start
 from ranklog.wire import Type
+from ranklogd.config import Config
 from ranklogd.disk import Shares
 from ranklogd.ingest import Ingest, Offer, Peer, Reply
+from ranklogd.notify import Notifier
 from ranklogd.sequence import Writers
+from ranklogd.server import Server
+from ranklogd.setup import Parts, assemble, prepare
 from ranklogd.statedir import StateDir
 from ranklogd.wal import segment
 from ranklogd.wal.log import Wal, WalIdentity
 from ranklogd.wal.recover import Recovered, recover, seal_leftovers
 from ranklogd.wal.segment import BATCH, Damage, EntryType
-
 from segments import frame, start_of
 
 NOW_NS = 1_700_000_000_000_000_000
 NOW_S = NOW_NS // 1_000_000_000
-UID = 1000
+UID = os.geteuid()
+OTHER_UID = UID + 1
 
 
 def frames(first: int, count: int, *, key: str = "loss") -> bytes:
@@ -183,6 +189,23 @@ def gap_of(data: bytes) -> dict[str, Any]:
     assert HEADER.size + len(body) <= len(data)
     payload: dict[str, Any] = decode_body(body)[4]
     return payload
+
+
+class Inside:
+    """A daemon put together in this process, as `setup` does it, with its loop driven by hand."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.parts: Parts = assemble(config, prepare(config), Notifier(""), lock_wait_s=0, stopped=lambda _: False)
+        self.server = Server(self.parts)
+
+    def step_until(self, condition: Callable[[], Any], what: str, turns: int = 2000) -> Any:
+        """Turn the loop until `condition` is true."""
+        for _ in range(turns):
+            if value := condition():
+                return value
+            self.server.step(0.005)
+        raise AssertionError(f"still not: {what}")
 
 
 class RawPeer:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import pyarrow.dataset
+
 from ranklog import control
 from ranklog.config import Settings
 from ranklog.errors import NoDaemon

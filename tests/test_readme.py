@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
 from node import ROOT, Node
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

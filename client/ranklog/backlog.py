@@ -19,7 +19,7 @@ from ranklog.journal import Chunk, Journal
 from ranklog.spool import Spool
 
 BATCH_SIZE = 1 << 20
-"""Chunks are sent together up to this size: with two batches in flight, larger ones are what makes a backlog drain fast."""
+"""Chunks are sent together up to this size: with two batches in flight, size is what makes a backlog drain fast."""
 MERGE_SIZE_MAX = 256 << 10
 """Neighbouring spool chunks are joined up to this size, so that days of outage stay a short chain."""
 
@@ -66,7 +66,7 @@ class Backlog:
         self._chain.extend(self._journal.collect())
 
     def next_batch(self) -> Batch | None:
-        """Return the next unsent batch and count it as in flight; None if all is sent. Raises OSError: `rewind` then."""
+        """Return the next unsent batch and count it as in flight; None if all is sent. Raises OSError: rewind then."""
         first = self._cursor
         size = 0
         while self._cursor < len(self._chain):

@@ -93,5 +93,6 @@ def _ask(settings: Settings, wanted: Type, question: bytes, timeout_s: float) ->
     finally:
         transport.close()
     raise NoDaemon(
-        f"nobody answers on {socket} within {timeout_s:g} s. Is the daemon running, and may you use its socket? Try `ranklogd`"
+        f"nobody answers on {socket} within {timeout_s:g} s. "
+        "Is the daemon running, and may you use its socket? Try `ranklogd`"
     )

@@ -22,7 +22,9 @@ class MissingExtra(RanklogError):
     """A command needs an extra that is not installed; the text is the pip line that mends it."""
 
     def __init__(self, what: str, extra: str, module: str) -> None:
-        super().__init__(f'{what} needs the package {module!r}, which is not installed. Run: pip install "ranklog[{extra}]"')
+        super().__init__(
+            f'{what} needs the package {module!r}, which is not installed. Run: pip install "ranklog[{extra}]"'
+        )
 
 
 class NoDaemon(RanklogError):

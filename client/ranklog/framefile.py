@@ -10,16 +10,12 @@ mode set whatever the umask says, and only then renamed into view: nobody can se
 import contextlib
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from ranklog import fs
-from ranklog.errors import FormatError
 from ranklog.failpoint import failpoint
-from ranklog.frame import HEADER, Kind, body_at, spans
-from ranklog.start import START_SIZE_MAX, Start, decode_start
 
 MODE = 0o640  # The daemon of a multi-user node reads them by group; nobody else does.
 _NAME = re.compile(r"([0-9a-f]{32})\.([0-9a-f]{8})\.(journal|spool)")
@@ -84,9 +80,9 @@ def create(directory: Path, name: FileName, start_frame: bytes, size: int) -> Fr
     """Create a frame file in view, locked, with `size` bytes reserved (0: none); raises OSError and leaves nothing."""
     path = directory / format_name(name)
     hidden = directory / f".{path.name}"
-    fd = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, MODE)
-    done = False
+    fd, done = -1, False
     try:
+        fd = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, MODE)
         locked = fs.try_lock(fd)
         assert locked, "a file created with O_EXCL was locked by somebody else"
         if size:
@@ -98,9 +94,11 @@ def create(directory: Path, name: FileName, start_frame: bytes, size: int) -> Fr
         done = True
     finally:
         if not done:  # Whatever it was, Ctrl-C included: nobody would look for this file again.
-            os.close(fd)
-            fs.unlink(hidden)
-            fs.unlink(path)
+            if fd >= 0:
+                os.close(fd)
+            with contextlib.suppress(OSError):
+                fs.unlink(hidden)
+                fs.unlink(path)
     return FrameFile(fd, path, len(start_frame), size or len(start_frame))
 
 
@@ -114,59 +112,3 @@ def create_anonymous(start_frame: bytes, size: int) -> FrameFile:
         os.close(fd)
         raise
     return FrameFile(fd, None, len(start_frame), size)
-
-
-class Contents(NamedTuple):
-    """What a frame file holds, as far as its bytes check."""
-
-    start: Start
-    start_frame: bytes
-    first_seq: int
-    """Of the first frame behind the start frame; -1 if there is none."""
-
-
-def read_head(fd: int) -> Contents:
-    """Return whose file this is and where its frames begin; raises FormatError or OSError. For adopters."""
-    head = memoryview(os.pread(fd, START_SIZE_MAX + HEADER.size, 0))
-    body = body_at(head, 0)
-    if body is None:
-        raise FormatError("no whole start frame at the head of the file")
-    start = decode_start(body)
-    end = HEADER.size + len(body)
-    following = memoryview(os.pread(fd, READ_SIZE, end))
-    first = next(spans(following), None)
-    return Contents(start, bytes(head[:end]), -1 if first is None else first.first)
-
-
-READ_SIZE = 2 << 20  # At least one whole frame always fits, so a read that finds none has met the end.
-
-
-class Piece(NamedTuple):
-    """Consecutive frames as bytes."""
-
-    first_seq: int
-    next_seq: int
-    frames: bytes
-
-
-def read_pieces(fd: int, offset: int, expected: int) -> Iterator[Piece]:
-    """Yield the frames from `offset` on in pieces of at most READ_SIZE bytes, skipping seqs below `expected`.
-
-    Ends at the first frame that is damaged or does not follow. Start frames are yielded like others: seq 0.
-    """
-    follow: int | None = None
-    while True:
-        buffer = memoryview(os.pread(fd, READ_SIZE, offset))
-        begin, end, first, next_seq = 0, 0, -1, follow
-        for span in spans(buffer, 0, expected=follow):
-            end = span.end
-            restart = span.kind == Kind.START and first >= 0
-            if first < 0 or span.last < expected or restart:
-                begin, first = (span.offset, span.first) if span.last >= expected else (span.end, -1)
-            next_seq = span.last + 1
-            follow = None if span.kind == Kind.START else next_seq
-        if end == 0:
-            return
-        offset += end
-        if first >= 0 and next_seq is not None and begin < end:
-            yield Piece(first, next_seq, bytes(buffer[begin:end]))

@@ -19,7 +19,6 @@ import contextlib
 import itertools
 import os
 import struct
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -76,8 +75,6 @@ class Journal:
         self._size_max = size_max
         self._wake = wake
         self._numbers = itertools.count()
-        self._size = 0
-        self._size_lock = threading.Lock()
         self._files: set[FrameFile] = set()
         self._spares: deque[FrameFile] = deque()
         self._retry_at = 0.0
@@ -109,7 +106,7 @@ class Journal:
     def append(self, kind: int, step: int | None, payload: Any) -> bool:
         """Write one record; False if it was refused and became part of a gap.
 
-        Raises what msgpack raises for values it cannot pack (TypeError, ValueError, OverflowError): nothing is used up then.
+        Raises what msgpack raises for values it cannot pack (TypeError, ValueError, OverflowError); nothing is used up.
         """
         file, offset, seq = self._position
         if self._gap_last >= seq:
@@ -159,6 +156,7 @@ class Journal:
         """Use up a seq without a record: open a gap at the position, or let the open one grow."""
         file, offset, seq = self._position
         last = max(seq, self._gap_last + 1)
+        reason = self._gap_reason if last > seq else reason  # What began it counts.
         self.refused += 1
         with contextlib.suppress(OSError):  # The seq is used up all the same: whoever reads on sees that it is missing.
             fs.write_all(file.fd, encode_gap(seq, last, reason, time.time_ns()), offset)
@@ -166,7 +164,7 @@ class Journal:
         return False
 
     def close_gap(self) -> None:
-        """Make an open gap part of what `collect` returns. For the end of a writer. Raises OSError, then it stays open."""
+        """Make an open gap part of what `collect` returns. For the end of a writer. After an OSError it stays open."""
         file, offset, seq = self._position
         if self._gap_last >= seq:
             gap = encode_gap(seq, self._gap_last, self._gap_reason, time.time_ns())
@@ -204,7 +202,7 @@ class Journal:
             try:
                 file = framefile.create(directory, name, self._start_frame, size)
             except OSError:
-                if directory is self._directories[-1] and self._size:
+                if directory is self._directories[-1] and self._files:
                     raise
                 continue
             # From now on here or nowhere: trying the others later could make `log()` wait for a disk.
@@ -215,14 +213,14 @@ class Journal:
             file = framefile.create_anonymous(self._start_frame, size)
             self.anonymous = True
             self._directories = []
-        self._resize(file.size)
         self._files.add(file)
         file.wake_at = file.head_end + WAKE_SIZE
         return file
 
-    def _resize(self, change: int) -> None:
-        with self._size_lock:
-            self._size += change
+    @property
+    def _size(self) -> int:
+        # A copy, for the other side may add a file meanwhile. No lock and no sum kept: Ctrl-C would find a way between.
+        return sum(file.size for file in list(self._files))
 
     # The sender's side.
 
@@ -263,7 +261,6 @@ class Journal:
         self._spares.append(file)
 
     def _give_up(self, file: FrameFile) -> None:
-        self._resize(-file.size)
         self._files.discard(file)
         file.remove()
 

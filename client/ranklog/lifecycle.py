@@ -14,7 +14,6 @@ from typing import Any, Protocol
 
 from ranklog.shield import warn
 
-
 IMPORT_TIMEOUT_S = 5.0  # An import takes 50 ms; on a hung filesystem it must not take the training's fork with it.
 
 

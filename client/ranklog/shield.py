@@ -41,7 +41,7 @@ class Warner:
 
 
 def say(text: str) -> None:
-    """Write one line to stderr; a closed or missing one, or a signal amid another write, must not disturb the training."""
+    """Write one line to stderr; a closed one, or a signal amid another write, must not disturb the training."""
     try:
         sys.stderr.write(f"ranklog: {text}\n")
         sys.stderr.flush()
@@ -64,7 +64,8 @@ def shielded(default: R, *, usage_errors: bool = False) -> Callable[[Callable[P,
                 if usage_errors and isinstance(exc, UsageError):
                     raise
                 warn(
-                    f"{function.__name__.strip('_')}() failed: {type(exc).__name__}: {exc}. Training goes on without this record."
+                    f"{function.__name__.strip('_')}() failed: {type(exc).__name__}: {exc}. "
+                    "Training goes on without this record."
                 )
                 return default
 

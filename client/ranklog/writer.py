@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 import msgpack
 
 from ranklog.config import Settings
+from ranklog.failpoint import failpoint
 from ranklog.frame import Kind
 from ranklog.journal import Journal
-from ranklog.sender import Sender, State
+from ranklog.link import State
+from ranklog.sender import Sender
 from ranklog.spool import Spool
 from ranklog.start import Start, encode_start
 
@@ -60,11 +62,18 @@ class Writer:
         )  # fmt: skip
         if self._journal.anonymous:
             warn(
-                "no directory for the journal could be used; records are kept in memory and a kill loses what no daemon has acknowledged"
+                "no directory for the journal could be used; records are kept in memory, "
+                "and a kill loses what no daemon has acknowledged"
             )
         spool = Spool(start.writer, frame, places.spool_dirs, size_max=settings.spool_size_bytes)
         self._sender = Sender(
-            frame, bytes.fromhex(start.writer), self._journal, spool, places.find_socket, warn, settings.flush_interval_s
+            frame,
+            bytes.fromhex(start.writer),
+            self._journal,
+            spool,
+            places.find_socket,
+            warn,
+            settings.flush_interval_s,
         )
         try:
             self._sender.start()
@@ -75,7 +84,7 @@ class Writer:
         self._sender.wake()
 
     def write(self, kind: int, payload: Any, step: int | None = None, counted: bool = False) -> bool:  # noqa: FBT001, FBT002
-        """Write one record; False if there was no room for it. `counted`: a training record, of the step after the last.
+        """Write one record; False if there was no room for it. `counted`: of the step after the last.
 
         When this returns, the record is in the journal, or its seq is part of a gap there. Raises what msgpack
         raises for a payload it cannot pack; nothing is used up then. After `close` nothing is: False, too.
@@ -155,7 +164,7 @@ class Writer:
                 self._write_end(payload)
 
     def _write_end(self, payload: dict[str, Any]) -> None:
-        self._sender.end_seq = self._journal.next_seq
+        self._sender.expect_end(self._journal.next_seq)
         self.write(Kind.END, {**payload, "last": self._journal.next_seq})
         self._seal()
 
@@ -164,6 +173,7 @@ class Writer:
         self._busy = self._closed = True
         with contextlib.suppress(OSError):  # Then the seqs of the last gap are missing instead, and show it as well.
             self._journal.close_gap()
+        failpoint("finish.end.after")
 
     def close(self, timeout_s: float) -> bool:
         """Spill what is unacknowledged to disk and let go of every file; True if all of that was done in time.

@@ -209,8 +209,8 @@ class Adopter:
                 if piece.first_seq - state.next_seq > GAP_MAX:
                     raise Refused(f"record {piece.first_seq} where {state.next_seq} is due")
                 now_ns = time.time_ns()
-                state.base = max(state.base, piece.first_seq)
-                self._ingest.lose(state, now_ns)
+                if piece.first_seq > state.next_seq:
+                    self._ingest.append_gap(state, piece.first_seq - 1, now_ns)
                 if piece.first_seq < state.next_seq:
                     piece = behind(piece, state.next_seq)  # noqa: PLW2901
                 count = piece.next_seq - piece.first_seq

@@ -141,9 +141,13 @@ class Ingest:
     def lose(self, state: WriterState, now_ns: int) -> None:
         """Record as a gap what a writer does not hold any more and this daemon never got, if there is any."""
         if state.lost is not None:
-            first, last = state.lost
-            gap = encode_gap(first, last, "lost before the daemon", now_ns)
-            self.append(state, first, last - first + 1, gap, now_ns)
+            self.append_gap(state, state.lost[1], now_ns)
+
+    def append_gap(self, state: WriterState, last: int, now_ns: int) -> None:
+        """Append a gap from the seq that is due to `last`."""
+        first = state.next_seq
+        gap = encode_gap(first, last, "lost before the daemon", now_ns)
+        self.append(state, first, last - first + 1, gap, now_ns)
 
     def _batch(self, peer: Peer, fields: list[Any], body: bytes, now_ns: int) -> list[Reply]:
         failpoint("recv.after")

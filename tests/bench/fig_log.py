@@ -3,7 +3,6 @@
 Paced calls are compared with raw_write in blocks that alternate within one process, so that both meet the same machine.
 """
 
-import os
 import shutil
 import signal
 import statistics
@@ -28,7 +27,9 @@ def log_flat(options: Options) -> list[Row]:
     for _ in range(options.pick(5, 2)):
         with private_node(options) as node, trainers(node, "flat", 1, count=count, floor_dir=str(node.root)) as (rank,):
             rank.go()
-            runs.append(rank.hear())
+            said = rank.hear()
+            rank.tell()
+            runs.append(said | rank.hear())
             rank.end()
 
     def middle(call: str, figure: str) -> float:
@@ -131,10 +132,8 @@ def _blocks(
         last = rank.end()
     node.bring_in()
     found = account(node.store, {0: last["logged"]})
-    return (
-        measured,
-        f"lost {found.missing + found.in_gaps} of {last['logged']}, doubled {found.doubled}, refused {last['refused']}",
-    )
+    lost = found.missing + found.in_gaps
+    return measured, f"lost {lost} of {last['logged']}, doubled {found.doubled}, refused {last['refused']}"
 
 
 @contextmanager
@@ -157,7 +156,7 @@ def _sigstopped(node: Node) -> Iterator[None]:
 
 def _paced_rows(what: str, measured: dict[str, Any], lost: str, more: str = "") -> list[Row]:
     log, raw = measured["log"], measured["raw"]
-    note = f"{log['calls']} calls of each in alternating blocks; max {log['max']:,.0f} µs, raw_write's {raw['max']:,.0f}; {lost}"
+    note = f"{log['calls']} calls of each; max {log['max']:,.0f} µs, raw_write's {raw['max']:,.0f}; {lost}"
     return [
         Row(
             figure=f"log() paced, {what}, {name}",
@@ -181,20 +180,13 @@ def log_cpu(options: Options) -> list[Row]:
         for number in range(options.pick(5, 2)):
             order = list(spent) if number % 2 else list(reversed(spent))
             for kind in order:
-                rank = Trainer(
-                    node,
-                    "cpu",
-                    kind=kind,
-                    count=count,
-                    rank=0,
-                    world=1,
-                    run=f"cpu-{kind}-{number}",
-                    raw_path=str(node.root / "raw"),
-                )
+                own = {"kind": kind, "count": count, "run": f"cpu-{kind}-{number}", "raw_path": str(node.root / "raw")}
+                rank = Trainer(node, "cpu", rank=0, world=1, **own)
                 rank.go()
                 spent[kind].append(rank.hear()["cpu_s"] / count * 1e6)
                 rank.end()
     null, raw, log = (statistics.median(spent[kind]) for kind in ("null", "raw", "log"))
+    note = f"median of {len(spent['log'])} processes of {count} calls, {null:.3g} µs of harness subtracted"
     return [
         Row(
             figure="trainer CPU per paced call, all threads",
@@ -204,6 +196,6 @@ def log_cpu(options: Options) -> list[Row]:
             floor_name="raw_write",
             budget=2.0,
             of_floor=True,
-            note=f"median of {len(spent['log'])} processes of {count} calls, {null:.3g} µs of harness subtracted; load {os.getloadavg()[0]:.1f}",
+            note=note,
         )
     ]

@@ -1,10 +1,13 @@
-"""The whole way: from the first `log()` until a reader finds the rows. Rate, CPU of everybody, bytes; and the shipper alone."""
+"""The whole way, from the first `log()` until a reader finds the rows: rates, CPU, bytes; and the shipper alone."""
 
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 from bench import floors
-from bench.ledger import account
+from bench.bigshard import write_series_shard
+from bench.ledger import Account, account
 from bench.load import make_records
 from bench.node import Node, Options, private_node
 from bench.processes import cpu_s
@@ -24,12 +27,17 @@ def _flat_out(options: Options, node: Node, ranks: int, count: int) -> dict[str,
         said = [rank.hear() for rank in rank_list]
         uploaded_s = node.flush()
         ingest_s, shipper_s = cpu_s(node.ingest_pid) - daemon_s[0], cpu_s(node.shipper_pid) - daemon_s[1]
-        for rank in rank_list:
+        for rank, one in zip(rank_list, said, strict=True):
+            if floor:
+                rank.tell()
+                one |= rank.hear()
             rank.end()
     found = account(node.store, dict.fromkeys(range(ranks), count + 20))
     total = ranks * count
     began_s = min(one["began_s"] for one in said)
+    logged_s = max(one["logged_s"] for one in said) - began_s
     client_s = sum(one["cpu_s"] for one in said)
+    trainer_us, ingest_us, shipper_us = (spent / total * 1e6 for spent in (client_s, ingest_s, shipper_s))
     return {
         "said": said,
         "found": found,
@@ -37,10 +45,10 @@ def _flat_out(options: Options, node: Node, ranks: int, count: int) -> dict[str,
         "durable_rate": total / (max(one["durable_s"] for one in said) - began_s),
         "cpu_per_1k": (client_s + ingest_s + shipper_s) / total * 1000,
         "note": (
-            f"{total:,} records of {ranks} process{'es' * (ranks > 1)}; logged after {max(one['logged_s'] for one in said) - began_s:.2f} s, "
-            f"readable after {uploaded_s - began_s:.2f} s; CPU ms/1k: trainer {client_s / total * 1e6:.1f}, ingest {ingest_s / total * 1e6:.1f}, "
-            f"shipper {shipper_s / total * 1e6:.1f}; found {found.records:,} records, missing {found.missing}, in gaps {found.in_gaps}, "
-            f"doubled {found.doubled}, refused {sum(one['refused'] for one in said)}"
+            f"{total:,} records of {ranks} process{'es' * (ranks > 1)}; logged after {logged_s:.2f} s, readable after "
+            f"{uploaded_s - began_s:.2f} s; CPU µs a record: trainer {trainer_us:.1f}, ingest {ingest_us:.1f}, shipper "
+            f"{shipper_us:.1f}; {found.records:,} found, {found.missing} missing, {found.in_gaps} in gaps, "
+            f"{found.doubled} rows doubled, {sum(one['refused'] for one in said)} refused"
         ),
     }
 
@@ -112,48 +120,67 @@ def _whole(what: str, result: dict[str, Any]) -> Row:
 
 
 def shard_bytes(options: Options) -> list[Row]:
-    """Bytes of a record in the shard of 10 s, at 8 × 10 and 8 × 200 records a second."""
+    """Bytes of a record in the shard of 10 s at 8 × 10 and 8 × 200 records a second, and in a large one."""
     rows = []
-    for pace, count in ((10, 100), (200, 2000)):
-        count = options.pick(count, min(count, 500))
-        # One seal for all of it: an age that ends in the middle would measure two half shards.
-        with private_node(options, RANKLOG_SEAL_AGE_S="60s") as node:
-            sizes = {"pace_s": 1 / pace, "count": count, "distinct": count, "flush": True}
-            with trainers(node, "counted", 8, counter=str(node.shm / "counter"), **sizes) as ranks:
-                run_all(ranks)
-                node.flush()
-                found = account(node.store, dict.fromkeys(range(8), count))
-                for rank in ranks:
-                    rank.end()
-            wide = floors.wide_bytes(node.root / "wide.parquet", _wide(8 * count))
-        seconds = count / pace
-        note = f"{found.records} records, {found.shards} shard; floor: one wide file of the same values by pyarrow's best encodings"
+    for pace, precision in ((10, "double"), (10, "single"), (200, "double")):
+        count = options.pick(10 * pace, min(10 * pace, 500))
+        found, wide = _fresh_shard(options, pace, count, precision)
+        bits = {"double": "53 random bits", "single": "float32"}[precision]
         rows.append(
             Row(
-                figure=f"bytes per record, fresh shard of 8 × {pace}/s × {seconds:g} s",
+                figure=f"bytes per record, shard of 8 × {pace}/s × {count / pace:g} s, {bits}",
                 unit="bytes",
                 measured=found.size_bytes / found.records,
                 floor=wide / (8 * count),
                 floor_name="wide",
                 budget=80,
-                note=note,
+                note=f"{found.records} records, {found.shards} shard; floor: one wide file, pyarrow's best encodings",
             )
         )
-    return rows
+    return [*rows, _large_shard(options)]
 
 
-def _wide(records: int) -> Any:
+def _fresh_shard(options: Options, pace: int, count: int, precision: str) -> tuple[Account, int]:
+    """Log from 8 ranks, flush once; return what is in the store, and the size of the same values as a wide file."""
+    load = {"pace_s": 1 / pace, "count": count, "distinct": count, "precision": precision, "flush": True}
+    # One seal for all of it: an age that ends in the middle would measure two half shards.
+    with private_node(options, RANKLOG_SEAL_AGE_S="60s") as node:
+        with trainers(node, "counted", 8, counter=str(node.shm / "counter"), **load) as ranks:
+            run_all(ranks)
+            node.flush()
+            found = account(node.store, dict.fromkeys(range(8), count))
+            for rank in ranks:
+                rank.end()
+        return found, floors.wide_bytes(node.root / "wide.parquet", _wide(8 * count, precision))
+
+
+def _large_shard(options: Options) -> Row:
+    records = options.pick(500_000, 50_000)
+    with tempfile.TemporaryDirectory(prefix="rlbench-", dir=options.directory) as name:
+        path = Path(name) / "large.parquet"
+        write_series_shard(path, steps=records, metrics=12)
+        size = path.stat().st_size
+    entropy = 12 * 53 / 8
+    return Row(
+        figure="bytes per record, one sorted shard as compacted, 53 random bits",
+        unit="bytes",
+        measured=size / records,
+        floor=entropy,
+        floor_name="entropy of the values alone",
+        budget=72,
+        note=f"{records:,} records of one rank, written directly",
+    )
+
+
+def _wide(records: int, precision: str) -> Any:
     import numpy as np
     import pyarrow as pa
 
     steps = np.arange(records) // 8
     jitter = np.random.default_rng(1).integers(0, 1000, records)
-    columns: dict[str, Any] = {
-        "step": steps,
-        "rank": (np.arange(records) % 8).astype(np.int32),
-        "ts": steps * 100_000 + jitter,
-    }
-    record = make_records(count=records)
+    ranks = (np.arange(records) % 8).astype(np.int32)
+    columns: dict[str, Any] = {"step": steps, "rank": ranks, "ts": steps * 100_000 + jitter}
+    record = make_records(count=records, precision=precision)
     return pa.table(columns | {key: [one[key] for one in record] for key in record[0]})
 
 

@@ -44,15 +44,14 @@ sys.stdout.write(f"[{b - a}, 0, 0, 0]\\n")
 
 
 def _together(node: Node, script: str, count: int) -> list[list[float]]:
-    """Start `count` processes, let them go at one moment; return the seconds of import, init and finish of each, and the CPU seconds of import."""
+    """Start `count` processes, let them go at one moment.
+
+    Return the seconds of import, init() and finish() of each, and the CPU seconds of import.
+    """
     started = []
     for rank in range(count):
-        env = node.env | {
-            "RANK": str(rank),
-            "WORLD_SIZE": str(count),
-            "LOCAL_RANK": str(rank),
-            "RANKLOG_RUN_ID": f"start-{count}",
-        }
+        own = {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank), "RANKLOG_RUN_ID": f"start-{count}"}
+        env = node.env | own
         started.append(
             subprocess.Popen(
                 [sys.executable, "-c", script],

@@ -1,4 +1,4 @@
-"""The floor of ingest: a router that receives, checks crc32, appends, syncs every 20 ms and acknowledges; no rules at all.
+"""The floor of ingest: a router that receives, checks crc32, appends, syncs every 20 ms, acknowledges; no rules at all.
 
 python -m bench.floor_server SOCKET FILE
 """

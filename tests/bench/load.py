@@ -1,11 +1,12 @@
-"""The load: records as a trainer logs them, and calls of them flat out or paced. Runs inside the measured process, so it
-imports nothing but the standard library.
+"""The load: records as a trainer logs them, and calls of them flat out or paced. Runs inside the measured process, so
+it imports nothing but the standard library.
 
 Paced means 200 calls a second with a sleep before each: the core has been idle or somebody else's meanwhile, caches
 are cold, and that is what a training step sees. Percentiles are of calls.
 """
 
 import random
+import struct
 import time
 from collections.abc import Callable, Sequence
 
@@ -15,11 +16,17 @@ PACE_S = 1 / 200
 DISTINCT = 512
 
 
-def make_records(metrics: int = 12, count: int = DISTINCT, seed: int = 1) -> list[Record]:
-    """Return records of random mantissas with equal keys, which is what the same line of a script logs."""
+def make_records(metrics: int = 12, count: int = DISTINCT, seed: int = 1, *, precision: str = "double") -> list[Record]:
+    """Return records with equal keys, as the same line of a script logs them, and mantissas of random bits.
+
+    `precision`: all 53 bits of them (`double`), or the 24 bits that a float32 loss has (`single`).
+    """
     dice = random.Random(seed)
     keys = [f"train/metric_{number}" for number in range(metrics)]
-    return [{key: dice.random() for key in keys} for _ in range(count)]
+    if precision == "double":
+        return [{key: dice.random() for key in keys} for _ in range(count)]
+    packer = struct.Struct("<f")
+    return [{key: packer.unpack(packer.pack(dice.random()))[0] for key in keys} for _ in range(count)]
 
 
 def flat(call: Callable[[Record], object], records: Sequence[Record], count: int) -> list[int]:

@@ -64,7 +64,7 @@ def blocks(arguments: Arguments) -> None:
 
 
 def flat(arguments: Arguments) -> None:
-    """Log flat out: latencies, when it began, when all was logged and when all was durable; and the same for floors."""
+    """Log flat out; tell latencies, the moments of begin, last return and last ack, and CPU. Then floors, if asked."""
     import ranklog
     from bench import floors
 
@@ -91,14 +91,14 @@ def flat(arguments: Arguments) -> None:
         "refused": run._writer.refused,
         "logged": run._writer.written - before,
     }
-    if "floor_dir" in arguments:
-        room = Path(arguments["floor_dir"])
-        pwrite = floors.packed_pwrite(Path(os.environ["RANKLOG_JOURNAL_DIR"]) / "floor", 32 << 20)
-        said["pwrite"] = load.latency(load.flat(pwrite, records, count))
-        began_s, cpu_s = time.monotonic(), time.process_time()
-        said["raw"] = load.latency(load.flat(floors.raw_write(room / "raw"), records, count))
-        said |= {"raw_s": time.monotonic() - began_s, "raw_cpu_s": time.process_time() - cpu_s}
     say(said)
+    if "floor_dir" in arguments:
+        pwrite = floors.packed_pwrite(Path(os.environ["RANKLOG_JOURNAL_DIR"]) / "floor", 32 << 20)
+        floor: dict[str, Any] = {"pwrite": load.latency(load.flat(pwrite, records, count))}
+        raw_write = floors.raw_write(Path(arguments["floor_dir"]) / "raw")
+        began_s, cpu_s = time.monotonic(), time.process_time()
+        floor["raw"] = load.latency(load.flat(raw_write, records, count))
+        say(floor | {"raw_s": time.monotonic() - began_s, "raw_cpu_s": time.process_time() - cpu_s})
     ranklog.finish(timeout=120)
     tell(None)
 
@@ -125,7 +125,7 @@ def cpu(arguments: Arguments) -> None:
 
 
 def memory(arguments: Arguments) -> None:
-    """Measure what this process has before and after it begins to log (`log`), or after connecting a bare zmq socket."""
+    """Measure what this process has before and after it begins to log, or (`zmq`) connects a bare zmq socket."""
     from bench.processes import memory_bytes
 
     records = load.make_records()
@@ -175,7 +175,8 @@ def counted(arguments: Arguments) -> None:
     import ranklog
 
     pace_s = arguments["pace_s"]
-    records = load.make_records(count=arguments.get("distinct", load.DISTINCT), seed=arguments["rank"])
+    distinct, precision = arguments.get("distinct", load.DISTINCT), arguments.get("precision", "double")
+    records = load.make_records(count=distinct, seed=arguments["rank"], precision=precision)
     counter = memoryview(shared_counter(Path(arguments["counter"]))).cast("Q")
     raw: Callable[[Record], object] | None = None
     if arguments.get("raw_path"):

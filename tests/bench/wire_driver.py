@@ -1,7 +1,7 @@
 """Bare sockets that speak the daemon's protocol: the load of many trainers without their CPU.
 
-`saturate`: every writer keeps two batches in flight. `pace`: every writer sends a batch each `pace_s`, staggered, and the
-time from sending to the ack is taken. Batches are made before the clock starts; their frames are real ones.
+`saturate`: every writer keeps two batches in flight. `pace`: every writer sends a batch each `pace_s`, staggered, and
+the time from sending to the ack is taken. Batches are made before the clock starts; their frames are real ones.
 """
 
 import heapq

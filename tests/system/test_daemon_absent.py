@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import Rig, gaps, logged, wait_for
+from harness import Rig, gaps, logged, small_tmpfs, wait_for
 from ranklog.frame import Kind
 
 TRAINER = """
@@ -375,14 +375,8 @@ ranklog.finish()
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs of 1 MiB."""
-    path = tmp_path / "small"
-    path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("needs root, to mount a small tmpfs")
-    yield path
-    subprocess.run(["umount", "-l", str(path)], check=True)
+    with small_tmpfs(tmp_path / "small") as path:
+        yield path
 
 
 def test_a_full_tmpfs_neither_stops_nor_kills_the_trainer(rig: Rig, small_disk: Path):

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from node import Node, wait_for
 
 EXT4_IOC_SHUTDOWN = 0x8004587D

@@ -12,9 +12,9 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from pathlib import Path
 
 import pytest
+
 from node import Node, wait_for
 
 TRAINER = """

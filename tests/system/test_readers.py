@@ -3,6 +3,7 @@
 import math
 
 import pytest
+
 from node import Node
 
 COLUMNS = ["run", "rank", "node", "seq", "step", "kind", "key", "value", "text"]

@@ -181,13 +181,17 @@ def test_a_job_that_dies_of_a_forwarded_signal_is_drained_like_any_other(node):
     assert stored(node, "a") == list(range(300))
 
 
-def test_a_signal_that_was_ignored_when_run_began_stays_ignored(node):
-    shell = f"trap '' HUP; exec {shlex.join(RUN)} {shlex.join(job('a', 5, 'enough'))}"
+def test_a_signal_that_was_ignored_when_run_began_is_not_forwarded(node):
+    (node.path / "script.py").write_text(SIGNALLED)  # It handles SIGHUP, as torchrun does even under nohup.
+    shell = f"trap '' HUP; exec {shlex.join([*RUN, sys.executable, 'script.py', 'job'])}"
     process = subprocess.Popen(["sh", "-c", shell], env=node.env, cwd=node.path, stderr=subprocess.PIPE, text=True)
-    wait_for((node.path / "logged-a").exists, "the job has logged")
-    process.send_signal(signal.SIGHUP)
+    wait_for(lambda: lines(node.path / "job"), "the job runs")
+    for number in (signal.SIGHUP, signal.SIGUSR1):
+        process.send_signal(number)
+    wait_for(lambda: len(lines(node.path / "job")) > 1, "it has seen a signal")
     (node.path / "enough").touch()
     assert process.wait(30) == 0, process.stderr.read()
+    assert lines(node.path / "job") == ["ready", str(int(signal.SIGUSR1))]
 
 
 def test_a_daemon_that_was_there_is_joined_and_left_alone(node):

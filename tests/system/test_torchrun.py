@@ -6,6 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+
 from node import Node
 
 pytest.importorskip("torch", reason='pip install "ranklog[test-all]"')

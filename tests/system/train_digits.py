@@ -10,11 +10,12 @@ import sys
 import time
 from pathlib import Path
 
-import ranklog
 import torch
 import torch.distributed as dist
 from sklearn.datasets import load_digits
 from torch.nn.parallel import DistributedDataParallel
+
+import ranklog
 
 rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 proof = os.open(Path(sys.argv[1]) / f"{rank}.{attempt}.proof", os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -5,6 +5,7 @@ their own while this one shows how far things are and watches for the deadline a
 daemon that dies meanwhile is asked again once it is back.
 """
 
+import shutil
 import sys
 import threading
 import time
@@ -14,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from ranklog import control
+from ranklog.cli.output import printable
 from ranklog.config import Settings
 from ranklog.control import Flushed
 from ranklog.errors import NoDaemon
@@ -58,7 +60,8 @@ class Progress:
     def show(self, text: str) -> None:
         """Replace the line."""
         self._next_s = time.monotonic() + SHOW_INTERVAL_S
-        sys.stderr.write(f"{_CLEAR_LINE}ranklog: {text}")
+        width = shutil.get_terminal_size().columns - 1  # A line that wraps could not be rewritten.
+        sys.stderr.write(f"{_CLEAR_LINE}{printable(f'ranklog: {text}')[:width]}")
         sys.stderr.flush()
         self._shown = True
 
@@ -137,12 +140,10 @@ def _watch(asking: _Asking, launcher: Launcher, deadline_s: float, pause: Pause,
         launcher.tend()
         if progress.due():
             now = snapshot(launcher.settings)
-            trouble = why_pending(now)
+            waiting, trouble = _waiting(now), why_pending(now)
+            what = f"{waiting:,} records to upload" if waiting else "taking in what dead writers left"
             left_s = max(0.0, deadline_s - time.monotonic())
-            progress.show(
-                f"bringing in what is left: {_waiting(now):,} records to upload, {left_s:.0f} s left"
-                + (f" ({trouble})" if trouble else "")
-            )
+            progress.show(f"{what}, {left_s:.0f} s left{f': {trouble}' if trouble else ''}")
     return False
 
 
