@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ranklog import places, wire
+from ranklog import autostart, places, wire
 from ranklog.config import Settings
 from ranklog.errors import NoDaemon
 from ranklog.transport import Transport, Up
@@ -77,9 +77,10 @@ def wait_uploaded(timeout_s: float) -> bool:
 
 def _ask(settings: Settings, wanted: Type, question: bytes, timeout_s: float) -> tuple[Path, list[Any], bytes]:
     socket = places.find_socket(settings)
-    if not socket.exists():
+    if not autostart.is_listening(socket):
         raise NoDaemon(
-            f"no daemon: {socket} does not exist. Start one with `ranklogd`, or run the job with `ranklog run -- CMD`"
+            f"no daemon: nobody listens on {socket}, or you may not use it. "
+            "Start one with `ranklogd`, or run the job with `ranklog run -- CMD`"
         )
     transport = Transport(socket)
     deadline = time.monotonic() + timeout_s

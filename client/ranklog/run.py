@@ -174,7 +174,7 @@ class Run:
 
     @shielded(default=False)
     def flush(self, timeout: float = FLUSH_TIMEOUT_S) -> bool:
-        """Wait until everything logged so far survives a power cut; False if that took longer than `timeout` seconds."""
+        """Wait until everything logged so far survives a power cut; False if it took longer than `timeout` seconds."""
         return self._writer is None or self._writer.flush(timeout, spooled=True)
 
     @shielded(None)

@@ -5,6 +5,7 @@ attached, what the journal holds is moved to the spool about once a second. The 
 as long as it likes: the caller of `log()` never waits for it.
 """
 
+import contextlib
 import os
 import select
 import threading
@@ -116,9 +117,10 @@ class Sender:
 
     def abandon(self) -> None:
         """In a forked child: close what was inherited, without a word to the daemon. The parent's is untouched."""
-        for file in (*self._journal.files(), *self._spool.files()):
-            file.close()
-        self._close_wake_fd()
+        with contextlib.suppress(OSError):  # Whoever closed all descriptors before was faster.
+            for file in (*self._journal.files(), *self._spool.files()):
+                file.close()
+            self._close_wake_fd()
 
     def _close_wake_fd(self) -> None:
         if not self._closed:

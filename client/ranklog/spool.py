@@ -47,16 +47,24 @@ class Spool:
         size = chunk.end - chunk.offset
         if self.size + size > self._size_max:
             raise OSError(errno.ENOSPC, f"spool cap of {self._size_max} bytes reached")
-        for _ in self._directories[1:]:
+        for _ in self._directories:
             try:
                 return self._append(chunk, size)
             except OSError as exc:
-                if exc.errno not in fs.NO_SPACE:
+                if exc.errno not in fs.NO_SPACE or self._file is None:
                     raise
-                self.sync()
-                self.seal()
-                self._directories.append(self._directories.pop(0))
-        return self._append(chunk, size)
+                full = exc
+                self._leave()
+        raise full if self._directories else OSError(errno.ENOENT, "no spool directory could be used")
+
+    def _leave(self) -> None:
+        """Write no more into the directory of the current file, until the others are full too."""
+        assert self._file is not None
+        assert self._file.path is not None, "a spool file has a name"
+        directory = self._file.path.parent
+        self.sync()
+        self.seal()
+        self._directories = [*(d for d in self._directories if d != directory), directory]
 
     def _append(self, chunk: Chunk, size: int) -> Chunk:
         file = self._file

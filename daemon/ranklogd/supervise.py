@@ -46,8 +46,9 @@ class ShipperProcess:
         if now_s < self._start_at_s:
             return
         try:
+            # -P: a file in the working directory must not stand in for a module.
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "ranklogd.ship.shipper"], stdin=subprocess.PIPE, bufsize=0, process_group=0,
+                [sys.executable, "-P", "-m", "ranklogd.ship.shipper"], stdin=subprocess.PIPE, bufsize=0, process_group=0,
             )  # fmt: skip
         except OSError as exc:
             self._give_up(now_s, str(exc))  # No process or memory to be had: acks go on without it.

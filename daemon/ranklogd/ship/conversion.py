@@ -27,7 +27,7 @@ from ranklogd.ship.tries import SUFFIX, Record, Tries, forget_orphans
 from ranklogd.statedir import StateDir
 from ranklogd.wal.segment import parse_sealed
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("ranklogd.shipper")
 
 VALUES_MAX = (600_000, 60_000, 6_000)
 """Values in a cut, by the number of strikes so far. There are as many tries as there are numbers here."""

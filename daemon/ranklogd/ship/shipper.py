@@ -38,7 +38,7 @@ from ranklogd.statedir import StateDir
 from ranklogd.wal.segment import parse_open, parse_sealed
 from ranklogd.watch import Watch
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("ranklogd.shipper")
 
 RETAIN_INTERVAL_S = 30.0
 NICE = 5

@@ -31,7 +31,7 @@ from ranklogd.retry import backoff_s
 from ranklogd.ship.outbox import Outbox, folder_of, set_aside
 from ranklogd.statedir import StateDir
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("ranklogd.shipper")
 _CHUNK_SIZE = 1 << 20
 _LISTED_MAX = 200  # Names tried beside a taken one in the quarantine.
 
