@@ -15,20 +15,29 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import pyarrow.parquet
 import pytest
+import zmq
 
 from node import Node, wait_for
+from ranklog import wire
 from ranklog.frame import Kind, Span, body_at, decode_body, spans
-from ranklog.start import Start, start_from_map
+from ranklog.journal import Journal
+from ranklog.link import State
+from ranklog.sender import Sender
+from ranklog.spool import Spool
+from ranklog.start import Start, encode_start, start_from_map
+from ranklog.wire import Type
 from ranklogd.wal import segment
 from ranklogd.wal.segment import BATCH, Damage, EntryType
 
-__all__ = ["Record", "Rig", "check_whole", "gaps", "logged", "on_disk", "shard_rows", "small_tmpfs", "wait_for"]
+__all__ = [
+    "Heard", "Peer", "Record", "Rig", "Sending", "check_whole", "gaps", "logged", "on_disk", "shard_rows", "small_tmpfs", "wait_for",
+]  # fmt: skip
 
 
 class Record(NamedTuple):
@@ -46,6 +55,69 @@ class Record(NamedTuple):
 
 
 Written = dict[str, list[Record]]
+
+
+class Heard(NamedTuple):
+    """One message that a client sent."""
+
+    kind: Type
+    fields: list[Any]
+    body: bytes
+
+
+class Peer:
+    """The other end of a client's socket, which says what a test wants a daemon to say. A context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self._socket.bind(f"ipc://{path}")
+        self._identity = b""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close(0)
+        self._context.destroy(0)
+
+    def hear(self, timeout_s: float = 10.0) -> Heard | None:
+        """Return the next message, or None if none came in time."""
+        if not self._socket.poll(round(timeout_s * 1000)):
+            return None
+        self._identity, header, *body = self._socket.recv_multipart()
+        kind, fields = wire.decode(header)
+        return Heard(kind, fields, b"".join(body))
+
+    def expect(self, kind: Type) -> Heard:
+        """Return the next message, which must be of this kind."""
+        heard = self.hear()
+        assert heard is not None, f"no {kind.name} came"
+        assert heard.kind == kind, heard
+        return heard
+
+    def next_of(self, kind: Type) -> Heard:
+        """Return the next message of this kind; others before it are passed over."""
+        while (heard := self.hear()) is not None and heard.kind != kind:
+            pass
+        assert heard is not None, f"no {kind.name} came"
+        return heard
+
+    def say(self, kind: Type, *fields: Any, body: bytes | None = None) -> None:
+        """Answer whoever spoke last."""
+        parts = [self._identity, wire.encode(kind, *fields)]
+        self._socket.send_multipart(parts if body is None else [*parts, body])
+
+    def say_raw(self, *parts: bytes) -> None:
+        """Answer with bytes that need be no message."""
+        self._socket.send_multipart([self._identity, *parts])
+
+    def welcome(self, writer: bytes, expected: int = 0) -> None:
+        """Let the client send from `expected` on."""
+        self.say(Type.WELCOME, wire.VERSION, writer, expected, "", "", "", wire.CREDIT)
 
 
 class Rig(Node):
@@ -132,6 +204,37 @@ class Rig(Node):
         return {writer: start_from_map(found[0].payload) for writer, found in self.raw_written().items()}
 
 
+class Sending:
+    """A journal with its sender and spool, and what they told the user."""
+
+    WRITER = "0f" * 16
+    START = encode_start(Start(writer=WRITER, project="p", run="r"))
+
+    def __init__(self, path: Path, find_socket: Callable[[], Path] | None) -> None:
+        self.path = path
+        for name in ("journal", "spool"):
+            (path / name).mkdir()
+        self.told: list[str] = []
+        self.journal = Journal(
+            self.WRITER, self.START, [path / "journal"], file_size=64 << 10, size_max=8 << 20, wake=lambda: self.sender.wake()
+        )
+        spool = Spool(self.WRITER, self.START, [path / "spool"], size_max=1 << 30)
+        self.sender = Sender(
+            self.START, bytes.fromhex(self.WRITER), self.journal, spool, find_socket, self.told.append, 0.02
+        )  # fmt: skip
+        self.sender.start()
+
+    def log(self, *numbers: int) -> None:
+        for number in numbers:
+            assert self.journal.append(Kind.METRICS, None, {"n": number})
+
+    def reaches(self, state: State) -> None:
+        wait_for(lambda: self.sender.state == state, f"the sender is {state.value}")
+
+    def spooled(self) -> list[int]:
+        return logged(on_disk(self.path / "spool").get(self.WRITER, []), "n")
+
+
 def _segment_records(data: bytes) -> Iterable[tuple[str, list[Record]]]:
     buffer = memoryview(data)
     header, offset = segment.decode_header(buffer)
@@ -163,16 +266,17 @@ def _record(buffer: memoryview, span: Span) -> Record:
 
 def on_disk(*directories: Path) -> Written:
     """Return the records in the journal and spool files of these directories by writer: what a daemon would adopt."""
-    files: dict[str, list[list[Record]]] = {}
+    pieces: dict[str, list[list[Record]]] = {}
+    written: Written = {}
     for path in (path for directory in directories for path in directory.glob("[!.]*")):
         start, *found = _frames(path.read_bytes())
         assert start.kind == Kind.START, path
-        files.setdefault(path.name.partition(".")[0], []).append([start] if not found else found)
-    written: Written = {}
-    for writer, pieces in files.items():
-        records = written.setdefault(writer, [])
-        for record in (record for piece in sorted(pieces, key=lambda piece: piece[0].seq) for record in piece):
-            if not records or record.seq > records[-1].last:
+        writer = path.name.partition(".")[0]
+        written[writer] = [start]
+        pieces.setdefault(writer, []).append(found)
+    for writer, records in written.items():
+        for record in (record for piece in sorted(filter(None, pieces[writer]), key=lambda piece: piece[0].seq) for record in piece):
+            if record.seq > records[-1].last:
                 records.append(record)
     return written
 

@@ -16,7 +16,7 @@ from ranklog.config import Settings
 from ranklog.errors import RanklogError, UsageError
 from ranklog.identity import Identity, identify, pid_namespace, process_start, this_machine
 from ranklog.lifecycle import lifecycle
-from ranklog.run import FLUSH_TIMEOUT_S, Config, Run
+from ranklog.run import FLUSH_TIMEOUT_S, Run
 from ranklog.shield import say, shielded, warn
 from ranklog.start import NAME_SIZE_MAX, Start
 from ranklog.version import __version__
@@ -166,7 +166,8 @@ def _open_writer(start: Start, settings: Settings, mode: str, directory: str | P
 
 
 def _autostart(settings: Settings) -> None:
-    from ranklog import autostart  # Brings in subprocess: a third of what `import ranklog` costs without it.
+    with lifecycle.importing:
+        from ranklog import autostart  # Brings in subprocess: a third of what `import ranklog` costs without it.
 
     autostart.start_if_absent(settings)
 
@@ -232,10 +233,35 @@ def finish(exit_code: int | None = None, *, wait: str | None = "durable", timeou
         _current.run.finish(exit_code, wait=wait, timeout=timeout)
 
 
-def config() -> Config:
-    """Return the current run's settings; those of no run are kept nowhere."""
-    run = _run("config")
-    return run.config if run is not None else Config(lambda _: None)
+class CurrentConfig:
+    """`ranklog.config`: the current run's settings. Before `init()`, changes cost one warning and are dropped."""
+
+    def update(
+        self, settings: Mapping[str, Any] | None = None, *, allow_val_change: bool = True, **more: Any
+    ) -> None:
+        """Set several at once; see `Config.update`."""
+        run = _run("config.update")
+        if run is not None:
+            run.config.update(settings, allow_val_change=allow_val_change, **more)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.update({key: value})
+
+    def __getitem__(self, key: str) -> Any:
+        if _current.run is None:
+            raise KeyError(key)
+        return _current.run.config[key]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return a setting, or `default`."""
+        return default if _current.run is None else _current.run.config.get(key, default)
+
+    def keys(self) -> list[str]:
+        """Return the names, so that `dict(ranklog.config)` works."""
+        return [] if _current.run is None else _current.run.config.keys()
+
+
+config = CurrentConfig()
 
 
 def current_run() -> Run | None:

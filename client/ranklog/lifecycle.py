@@ -1,4 +1,4 @@
-"""What happens to runs when their process forks or ends: hooks set once, when this module is imported.
+"""What happens to runs when their process forks or ends: hooks set once.
 
     exit, sys.exit, exception, Ctrl-C    atexit: send what can be sent within a second, the rest is adopted
     fork                                 the child lets go of the parent's files; it opens its own at its first record
@@ -35,9 +35,19 @@ class Lifecycle:
         """Held by a sender thread while it imports: a child forked meanwhile could never import the same itself."""
         self._live: list[Mortal] = []
         self._finalized_pid = 0
-        self._held = False
+        self._watching = self._held = False
         # Exit hooks run last in, first out: set at import, ours comes after all that a script registers.
         atexit.register(self._at_exit)
+
+    def watch_forks(self) -> None:
+        """Set the hooks around forks. Once, before the first thread of ours is started."""
+        if self._watching:
+            return
+        self._watching = True
+        # The thread imports zmq, and that imports logging, which sets fork hooks and needs its lock. Hooks before a
+        # fork run last in, first out: ours has to wait for that import before logging's takes the lock.
+        import logging  # noqa: F401
+
         os.register_at_fork(
             before=self._before_fork, after_in_parent=self._after_in_parent, after_in_child=self._after_fork
         )

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ranklog.backlog import Backlog
 from ranklog.journal import Journal
+from ranklog.lifecycle import lifecycle
 from ranklog.link import Link, State
 from ranklog.spool import Spool
 
@@ -55,6 +56,7 @@ class Sender:
 
     def start(self) -> None:
         """Start the thread."""
+        lifecycle.watch_forks()
         self._thread.start()
 
     def wake(self) -> None:

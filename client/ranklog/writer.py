@@ -52,7 +52,7 @@ class Writer:
         self.start = start
         self._lock = threading.RLock()
         self._busy = False
-        self._closed = False
+        self._closed = self._draining = False
         self._handed: deque[_Record] = deque()
         self._step = -1
         frame = encode_start(start)
@@ -103,7 +103,7 @@ class Writer:
                     accepted = self._journal.append(kind, step, payload)
             finally:
                 self._busy = False
-                if self._handed:
+                if self._handed and not self._draining:
                     self._write_handed()
             return accepted
 
@@ -116,12 +116,16 @@ class Writer:
         return True
 
     def _write_handed(self) -> None:
-        while self._handed:
-            record = self._handed.popleft()
-            if record.kind == Kind.END:
-                self._write_end(record.payload)
-            else:
-                self.write(*record)
+        self._draining = True
+        try:
+            while self._handed:
+                record = self._handed.popleft()
+                if record.kind == Kind.END:
+                    self._write_end(record.payload)
+                else:
+                    self.write(*record)
+        finally:
+            self._draining = False
 
     @property
     def written(self) -> int:

@@ -22,7 +22,8 @@ def full_reason(*, used_bytes: int, free_bytes: int, quota_bytes: int, free_min_
         return f"the daemon's disk quota is used up ({used_bytes} of {quota_bytes} bytes, disk_quota_bytes)"
     if free_bytes < free_min_bytes:
         return (
-            f"only {free_bytes} bytes are free on the daemon's disk, less than disk_free_min_bytes ({free_min_bytes})"
+            f"only {free_bytes} bytes are free on the daemon's disk; {free_min_bytes} must be "
+            "(disk_free_min_bytes, reserve_size_bytes)"
         )
     return ""
 
@@ -47,17 +48,18 @@ class Disk:
         room = os.statvfs(self._state.root)
         free_bytes = room.f_bavail * room.f_frsize
         self._count()
+        # Where the reserve was given up, more must be free than that: the records would have it at once.
+        wanted_bytes = self._free_min_bytes + (0 if self._state.reserve.exists() else 2 * self._reserve_bytes)
         self.reason = full_reason(
             used_bytes=self.used_bytes,
             free_bytes=free_bytes,
             quota_bytes=self._quota_bytes,
-            free_min_bytes=self._free_min_bytes,
+            free_min_bytes=wanted_bytes,
         )
-        if self.reason and free_bytes < self._reserve_bytes:
-            fs.unlink(self._state.reserve)
-        # Not at once when there is a little room again: that was the reserve's own, and is still needed.
-        elif not self.reason and free_bytes >= self._free_min_bytes + 2 * self._reserve_bytes:
+        if not self.reason:
             self._reserve()
+        elif free_bytes < self._reserve_bytes:
+            fs.unlink(self._state.reserve)
 
     def _count(self) -> None:
         """Go on adding up, and take the sum over once it is complete."""

@@ -32,6 +32,7 @@ def _flat_out(options: Options, node: Node, ranks: int, count: int) -> dict[str,
                 rank.tell()
                 one |= rank.hear()
             rank.end()
+    node.flush()
     found = account(node.store, dict.fromkeys(range(ranks), count + 20))
     total = ranks * count
     began_s = min(one["began_s"] for one in said)

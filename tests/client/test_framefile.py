@@ -78,7 +78,7 @@ def test_a_file_that_cannot_be_made_leaves_nothing_behind(tmp_path: Path):
     for directory, error in ((tmp_path / "missing", FileNotFoundError), (Path("/proc/self"), OSError)):
         with pytest.raises(error):
             create(directory, NAME, START, 8192)
-    with pytest.raises(OSError, match="No space|too large|File too"):
+    with pytest.raises(OSError, match=r"No space|too large"):
         create(tmp_path, NAME, START, 1 << 60)
     assert list(tmp_path.iterdir()) == []
     assert len(os.listdir("/proc/self/fd")) == before

@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 
 import pytest
-from harness import logged, on_disk, small_tmpfs
 
+from harness import logged, on_disk, small_tmpfs
 from ranklog import fs, spool
 from ranklog.backlog import Backlog
 from ranklog.frame import Kind

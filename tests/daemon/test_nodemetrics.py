@@ -42,8 +42,8 @@ class Place:
         self.asked += 1
         return dict(self.live)
 
-    def run(self, name: str = "r", **fields: Any) -> None:
-        self.live["p", name] = [replace(start_of(1), project="p", run=name, **fields)]
+    def run(self, run: str = "r", **fields: Any) -> None:
+        self.live["p", run] = [replace(start_of(1), project="p", run=run, **fields)]
 
     def after(self, seconds: float) -> None:
         self.now_s += seconds
