@@ -54,6 +54,7 @@ BROAD_EXCEPT = {
     "ranklog.shield": "the decorator of the public client API",
     "ranklog.values": "methods of the user's own objects raise whatever they like",
     "ranklog.sender": "the top of the sender's loop",
+    "ranklogd.server": "the top of the ingest loop, for what a peer sends or leaves behind",
     "ranklogd.ship.guard": "the top of the shipper's loops",
 }
 POINTS_AT_DAEMON = {"ranklog.cli": "the table of commands: module paths, loaded when a command is called"}

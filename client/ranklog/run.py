@@ -30,6 +30,8 @@ REFUSED = (
     "Gaps are marked in the data; see `ranklog status`"
 )
 _METRICS = int(Kind.METRICS)
+_UNUSUAL = (TypeError, ValueError, ArithmeticError, RuntimeError, LookupError, AttributeError, AssertionError)
+"""What adding up or packing something that is no number may raise. Whoever raises it has not written the record."""
 
 
 class Config:
@@ -114,7 +116,7 @@ class Run:
                 # Adds up exactly what is made of numbers. Those that are not Python's own fail to pack, below.
                 sum(metrics.values(), 0.0)
                 accepted = writer.write(_METRICS, metrics, step, True)  # noqa: FBT003
-            except (TypeError, ValueError, OverflowError):
+            except _UNUSUAL:
                 pass
             else:
                 if not accepted:

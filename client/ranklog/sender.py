@@ -48,6 +48,8 @@ class Sender:
         self._poll = select.poll()  # Not select: a trainer may well have descriptors beyond 1024.
         self._poll.register(self._wake_fd, select.POLLIN)
         self._woken = self._closed = False
+        self._hurry = False
+        """Somebody waits for the spool."""
         self._condition = threading.Condition()
         self._acked = self._safe = 0
         self._stopping = threading.Event()
@@ -73,6 +75,7 @@ class Sender:
                 left = deadline - time.monotonic()
                 if left <= 0 or not self._thread.is_alive():
                     return False
+                self._hurry = self._hurry or spooled
                 self.wake()
                 self._condition.wait(min(left, WAIT_INTERVAL_S))
         return True
@@ -153,12 +156,13 @@ class Sender:
         now_s = time.monotonic()
         self._link.tend(now_s, self._wake_fd)
         waited_s = now_s - max(self._last_spill_s, self._link.detached_s)
-        if self._journal.crowded or (self._link.state != State.ATTACHED and waited_s >= SPILL_INTERVAL_S):
+        due = self._hurry or waited_s >= SPILL_INTERVAL_S
+        if self._journal.crowded or (due and self._link.state != State.ATTACHED):
             self._spill(now_s)
         self._publish()
 
     def _spill(self, now_s: float) -> None:
-        self._last_spill_s = now_s
+        self._last_spill_s, self._hurry = now_s, False
         try:
             self._backlog.spill()
         except OSError as exc:

@@ -77,7 +77,8 @@ class Transport:
                 self._socket.send(header, zmq.NOBLOCK)
             else:
                 self._socket.send(header, zmq.NOBLOCK | zmq.SNDMORE)
-                self._socket.send(body, zmq.NOBLOCK, copy=False)
+                # Copied: without that, pyzmq keeps the bytes alive by a thread and a context of its own.
+                self._socket.send(body, zmq.NOBLOCK)
         except zmq.Again:
             return False
         return True

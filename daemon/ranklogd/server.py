@@ -262,6 +262,7 @@ class Server:
                 return
             self.step(0.02)
 
+
 class StopFlag:
     """Set by a signal handler; plain attribute access, so it is safe there."""
 

@@ -48,8 +48,11 @@ class ShipperProcess:
         try:
             # -P: a file in the working directory must not stand in for a module.
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "ranklogd.ship.shipper"], stdin=subprocess.PIPE, bufsize=0, process_group=0,
-            )  # fmt: skip
+                [sys.executable, "-P", "-m", "ranklogd.ship.shipper"],
+                stdin=subprocess.PIPE,
+                bufsize=0,
+                process_group=0,
+            )
         except OSError as exc:
             self._give_up(now_s, str(exc))  # No process or memory to be had: acks go on without it.
             return

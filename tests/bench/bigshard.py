@@ -78,7 +78,8 @@ def _columns(rows: Any, steps: int, ts: Any, keys: list[str], dice: Any) -> dict
         "uid": pa.array(zeros),
         "step": pa.array(step),
         "ts": pa.array(ts[step]).cast(SCHEMA.field("ts").type),
-        "recv_ts": pa.array(ts[step] + 20_000).cast(SCHEMA.field("ts").type),
+        # A batch each 100 ms: its records arrive at one moment.
+        "recv_ts": pa.array(ts[step] // 100_000 * 100_000 + 120_000).cast(SCHEMA.field("ts").type),
         "kind": word("metrics"),
         "key": pa.DictionaryArray.from_arrays(pa.array((key - first_key).astype(np.int32)), names),
         "value": pa.array(dice.random(len(rows))),

@@ -80,7 +80,10 @@ def log_paced(options: Options) -> list[Row]:
     for name, arrange in (("running", nullcontext), ("stopped", _stopped), ("frozen", _sigstopped)):
         with private_node(options) as node:
             rows += _paced_rows(f"daemon {name}", *_blocks(options, node, arrange))
-    return rows
+    with private_node(options) as node:
+        measured, lost = _blocks(options, node, nullcontext, busy=True)
+    more = "8 MB are copied before each call, with the GIL held: what a busy trainer leaves in the caches"
+    return rows + _paced_rows("daemon running, busy trainer", measured, lost, more)
 
 
 def log_checkpoint(options: Options) -> list[Row]:
@@ -121,10 +124,12 @@ def _blocks(
     arrange: Callable[[Node], AbstractContextManager[None]],
     blocks: int = 0,
     calls: int = 100,
+    busy: bool = False,
 ) -> tuple[dict[str, Any], str]:
     """Measure while `arrange` holds; return the latencies and what became of the records afterwards."""
     blocks = blocks or options.pick(12, 3)
-    with trainers(node, "blocks", 1, raw_path=str(node.root / "raw"), blocks=blocks, calls=calls) as (rank,):
+    load = {"blocks": blocks, "calls": calls, "busy": busy}
+    with trainers(node, "blocks", 1, raw_path=str(node.root / "raw"), **load) as (rank,):
         rank.hear()
         with arrange(node):
             rank.tell()

@@ -40,18 +40,31 @@ def flat(call: Callable[[Record], object], records: Sequence[Record], count: int
     return took
 
 
-def paced(call: Callable[[Record], object], records: Sequence[Record], count: int, pace_s: float = PACE_S) -> list[int]:
-    """Call every `pace_s` seconds; return what each call took, in nanoseconds."""
+def paced(
+    call: Callable[[Record], object],
+    records: Sequence[Record],
+    count: int,
+    pace_s: float = PACE_S,
+    before: Callable[[], object] = lambda: None,
+) -> list[int]:
+    """Call every `pace_s` seconds; return what each call took, in nanoseconds. `before` runs just before each."""
     clock, took, distinct = time.perf_counter_ns, [0] * count, len(records)
     due_s = time.monotonic()
     for index in range(count):
         due_s += pace_s
         time.sleep(max(0.0, due_s - time.monotonic()))
+        before()
         record = records[index % distinct]
         began = clock()
         call(record)
         took[index] = clock() - began
     return took
+
+
+def busy_step(size_bytes: int = 8 << 20) -> Callable[[], object]:
+    """Return a training step in small: it walks memory and keeps the GIL, so that nothing of ours stays in a cache."""
+    source, target = bytes(size_bytes), bytearray(size_bytes)
+    return lambda: target.__setitem__(slice(None), source)
 
 
 def quantile(values: Sequence[float], share: float) -> float:

@@ -50,12 +50,13 @@ def blocks(arguments: Arguments) -> None:
     run = start_run(arguments)
     calls: dict[str, Callable[[Record], object]] = {"log": ranklog.log, "raw": raw_write(Path(arguments["raw_path"]))}
     took: dict[str, list[int]] = {"log": [], "raw": []}
+    pace_s, before = load.PACE_S, load.busy_step() if arguments.get("busy") else lambda: None
     for call in calls.values():
         load.paced(call, records, 50)
     say("ready")
     for number in range(arguments["blocks"]):
         for name in ("log", "raw") if number % 2 else ("raw", "log"):
-            took[name] += load.paced(calls[name], records, arguments["calls"])
+            took[name] += load.paced(calls[name], records, arguments["calls"], pace_s, before)
     say({name: load.latency(values) for name, values in took.items()})
     logged = run._writer.written
     refused = run._writer.refused

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from cli import ranklog
 from node import Node, wait_for
+from ranklog.cli.output import display_width
 from ranklog.cli.status import age, describe, describe_absence, only_run, problems, why_not_uploaded
 from ranklog.errors import RanklogError
 from ranklogd.report import RunStatus, Status, Watermarks
@@ -161,7 +162,7 @@ RUNS = st.builds(run_status, name=st.text(max_size=80), records=st.integers(0, 1
 def test_the_table_keeps_to_the_width(width, runs):
     lines = describe(snapshot(runs=runs), now_s=NOW_S, width=width)
     header = next((index for index, line in enumerate(lines) if line.startswith("RUN")), len(lines))
-    assert all(len(line) <= width for line in lines[header:] if not line.startswith("and "))
+    assert all(display_width(line) <= width for line in lines[header:] if not line.startswith("and "))
     assert len(lines) <= 6 + 1 + 12 + 1
 
 

@@ -12,7 +12,9 @@ from ranklogd.config import Config, load_config
 
 
 @pytest.fixture
-def make_config(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Config]:
+def make_config(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Config]:
     """Make a config whose places are all temporary."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "client"), str(ROOT / "daemon")]))
     runtime = tmp_path_factory.mktemp("r")

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -192,7 +193,12 @@ def living(**fields: object) -> Start:
     """A start frame that names this very process."""
     pid = os.getpid()
     return replace(
-        ONE, pid=pid, pid_start=process_start(pid), pid_ns=pid_namespace(), boot=boot_id(), **fields  # type: ignore[arg-type]
+        ONE,
+        pid=pid,
+        pid_start=process_start(pid),
+        pid_ns=pid_namespace(),
+        boot=boot_id(),
+        **fields,  # type: ignore[arg-type]
     )
 
 
@@ -226,9 +232,7 @@ def test_a_process_that_is_gone_is_dead_though_a_forked_child_holds_its_lock(pla
     owner = subprocess.Popen([sys.executable, "-c", script, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         owner.stdout.readline()
-        start = replace(
-            ONE, pid=owner.pid, pid_start=process_start(owner.pid), pid_ns=pid_namespace(), boot=boot_id()
-        )
+        start = replace(ONE, pid=owner.pid, pid_start=process_start(owner.pid), pid_ns=pid_namespace(), boot=boot_id())
         with path.open("r+b") as file:
             file.write(encode_start(start) + frames(1, 5))
         place.adopt()
@@ -270,7 +274,9 @@ def test_a_writer_of_another_boot_is_dead(place: Place) -> None:
     assert place.seqs() == list(range(6))
 
 
-@pytest.mark.parametrize("start", [replace(ONE, pid=0), replace(ONE, pid=1 << 22, pid_ns=12345)], ids=["no pid", "another namespace"])
+@pytest.mark.parametrize(
+    "start", [replace(ONE, pid=0), replace(ONE, pid=1 << 22, pid_ns=12345)], ids=["no pid", "another namespace"]
+)
 def test_a_process_that_cannot_be_seen_lives_as_long_as_its_lock_is_held(place: Place, start: Start) -> None:
     path = place.write(start, "journal", 0, frames(1, 5))
     with locked(path):
@@ -395,7 +401,7 @@ def test_no_content_at_all_raises_or_breaks_the_order_of_the_log(
     place.adopt()
     assert place.seqs(TWO) == list(range(6))
     found = [(r.seq, r.last) for r in kept(place.half.state) if r.writer == ONE.writer]
-    for (_, last), (first, _) in zip(found, found[1:], strict=False):
+    for (_, last), (first, _) in pairwise(found):
         assert first == last + 1
     place.half.crash()
     place.half.wal.close()
@@ -422,6 +428,43 @@ def test_a_file_with_an_impossible_gap_is_refused_and_the_daemon_goes_on(place: 
     assert place.adopter.refused[str(path)]
     assert path.exists()
     assert place.seqs(TWO) == list(range(6))
+
+
+def test_many_large_gaps_in_a_row_are_as_many_batches(place: Place) -> None:
+    """Together they stand for more records than one WAL entry can count."""
+    gaps = [(3 + n * GAP_MAX, 2 + (n + 1) * GAP_MAX) for n in range(5)]
+    place.half.log(ONE, 0, 3)
+    place.write(ONE, "spool", 0, b"".join(encode_gap(first, last, "spool full", NOW_NS) for first, last in gaps))
+    place.adopt()
+    assert place.files() == []
+    assert place.gaps() == gaps
+    assert place.half.wal.next_lsn == 4 + 5 * GAP_MAX
+    place.crash()
+    assert place.half.writers.get(bytes.fromhex(ONE.writer)).next_seq == 3 + 5 * GAP_MAX
+
+
+def test_a_second_start_frame_ends_what_is_believed_of_a_file(place: Place) -> None:
+    place.write(ONE, "spool", 0, encode_start(ONE) + frames(9, 3))
+    place.write(TWO, "spool", 0, frames(1, 3) + encode_start(TWO) + frames(4, 3))
+    place.adopt()
+    assert (place.seqs(ONE), place.seqs(TWO)) == ([0], [0, 1, 2, 3])
+    assert place.adopter.quarantined == 2
+
+
+def test_a_file_that_gets_a_second_name_while_it_is_opened_is_left_alone(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = place.write(ONE, "journal", 0, frames(1, 3))
+    real = fs.try_lock
+
+    def lock_and_link(fd: int) -> bool:
+        os.link(path, path.with_name("second-name"))
+        return real(fd)
+
+    monkeypatch.setattr(fs, "try_lock", lock_and_link)
+    place.adopt()
+    assert "exchanged" in place.adopter.refused[str(path)]
+    assert place.seqs() == []
 
 
 def test_a_file_that_cannot_be_read_is_reported_and_stays(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -504,6 +547,21 @@ def test_a_daemon_without_room_does_not_even_begin(place: Place) -> None:
     assert (place.seqs(), place.adopter.stuck) == (list(range(11)), set())
 
 
+def test_a_quota_that_is_reached_in_the_middle_stops_the_replay_there(place: Place) -> None:
+    place.write(ONE, "spool", 0, frames(1, 30_000))
+    place.adopter.scan()
+    for _ in range(3):
+        place.adopter.step()
+    place.half.full = "quota"
+    while place.adopter.step():
+        place.half.commit()
+    assert 0 < place.half.wal.durable_lsn < 30_000
+    assert place.adopter.stuck == {ONE.writer}
+    place.half.full = ""
+    place.adopt()
+    assert place.seqs() == list(range(30_001))
+
+
 def test_more_writers_than_can_be_known_wait(tmp_path: Path) -> None:
     place = Place(tmp_path)
     place.half.ingest._writers_max = 2
@@ -517,7 +575,9 @@ def test_more_writers_than_can_be_known_wait(tmp_path: Path) -> None:
 # Damage.
 
 
-@pytest.mark.parametrize("tail", [b"\0", frames(11, 1)[:-1], b"\xff" * 300, bytes(5000)], ids=["a byte", "torn", "rubbish", "zeros"])
+@pytest.mark.parametrize(
+    "tail", [b"\0", frames(11, 1)[:-1], b"\xff" * 300, bytes(5000)], ids=["a byte", "torn", "rubbish", "zeros"]
+)
 def test_a_spool_whose_frames_end_before_it_does_is_kept_as_evidence(place: Place, tail: bytes) -> None:
     path = place.write(ONE, "spool", 0, frames(1, 10), tail=tail)
     content = path.read_bytes()

@@ -328,7 +328,9 @@ messages = st.one_of(
 )  # fmt: skip
 
 
-@given(st.lists(st.tuples(messages, st.one_of(st.none(), st.binary(max_size=80), st.just(encode_start(ONE)))), max_size=8))
+@given(
+    st.lists(st.tuples(messages, st.one_of(st.none(), st.binary(max_size=80), st.just(encode_start(ONE)))), max_size=8)
+)
 @settings(max_examples=300)
 def test_no_message_at_all_raises_or_loses_a_neighbours_record(
     tmp_path_factory: pytest.TempPathFactory, sent: list[tuple[bytes, bytes | None]]

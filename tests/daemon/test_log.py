@@ -207,7 +207,7 @@ def test_a_disk_that_is_really_full_costs_no_record_once_there_is_room_again(tmp
         assert seqs(kept(half.state), ONE) == list(range(110))
         half.wal.close()
     finally:
-        subprocess.run(["umount", disk], check=True)
+        subprocess.run(["umount", "-l", disk], check=True)
 
 
 # A failing disk.
@@ -225,7 +225,9 @@ def test_after_a_failed_fdatasync_everything_is_written_again_to_a_new_segment(
     assert half.wal.poisoned == 1
     assert names(half.state) == ["0000000000000001-0000000000000003.wal", "0000000000000004.open"]
     assert not first.exists()
-    assert (half.state.wal / "0000000000000001-0000000000000003.wal").stat().st_size == size, "what is in doubt was cut off"
+    assert (half.state.wal / "0000000000000001-0000000000000003.wal").stat().st_size == size, (
+        "what is in doubt was cut off"
+    )
     found = kept(half.state)
     assert [(r.lsn, r.seq) for r in found] == [(n + 1, n) for n in range(8)]
     half.log(ONE, 8, 2)

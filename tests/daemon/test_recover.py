@@ -175,7 +175,9 @@ def test_an_open_segment_without_entries_gives_its_place_to_the_new_one(state: S
     assert [path.name for path in state.wal.iterdir()] == [segment.open_name(9)]
 
 
-@pytest.mark.parametrize("data", [b"", b"RANK", bytes(4096), bytes(SegmentBuilder().data)[:-1]], ids=["empty", "cut", "zeros", "torn"])
+@pytest.mark.parametrize(
+    "data", [b"", b"RANK", bytes(4096), bytes(SegmentBuilder().data)[:-1]], ids=["empty", "cut", "zeros", "torn"]
+)
 def test_an_open_segment_without_a_header_goes_to_quarantine_and_the_store_gets_a_new_id(
     state: StateDir, data: bytes
 ) -> None:

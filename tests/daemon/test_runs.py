@@ -116,7 +116,12 @@ def test_a_forgotten_writer_leaves_nothing_behind(node: Node) -> None:
 
 def test_a_run_lives_while_a_process_of_it_may(node: Node) -> None:
     pid = os.getpid()
-    here: dict[str, object] = {"boot": boot_id(), "pid_ns": pid_namespace(), "pid": pid, "pid_start": process_start(pid)}
+    here: dict[str, object] = {
+        "boot": boot_id(),
+        "pid_ns": pid_namespace(),
+        "pid": pid,
+        "pid_start": process_start(pid),
+    }
     node.add(1, run="alive", **here)
     node.add(2, run="dead", **{**here, "pid_start": 1})
     node.add(3, run="ended", ended="killed", **here)

@@ -63,7 +63,9 @@ def test_a_second_daemon_on_the_same_state_touches_nothing(inside: Start, make_c
     assert not other.socket.exists()
 
 
-def test_a_second_daemon_with_a_state_of_its_own_cannot_take_the_socket(inside: Start, make_config: Make, tmp_path: Path) -> None:
+def test_a_second_daemon_with_a_state_of_its_own_cannot_take_the_socket(
+    inside: Start, make_config: Make, tmp_path: Path
+) -> None:
     """libzmq would let it, and the clients of the first would talk to nobody."""
     first = inside()
     inode = first.config.socket.stat().st_ino
@@ -140,7 +142,9 @@ def test_a_group_is_taken_by_name_or_number(inside: Start) -> None:
 
 
 @NEEDS_ROOT
-def test_a_disk_full_of_our_own_records_does_not_keep_the_daemon_from_starting(make_config: Make, tmp_path: Path) -> None:
+def test_a_disk_full_of_our_own_records_does_not_keep_the_daemon_from_starting(
+    make_config: Make, tmp_path: Path
+) -> None:
     """Nothing would ever be uploaded otherwise: the reserve is there for this."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -158,4 +162,4 @@ def test_a_disk_full_of_our_own_records_does_not_keep_the_daemon_from_starting(m
         parts = start(config)
         parts.close()
     finally:
-        subprocess.run(["umount", disk], check=True)
+        subprocess.run(["umount", "-l", disk], check=True)

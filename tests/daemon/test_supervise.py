@@ -19,7 +19,11 @@ PATHS = os.pathsep.join([str(ROOT / "client"), str(ROOT / "daemon")])
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("PYTHONPATH", PATHS)
-    env = {"HOME": str(tmp_path), "RANKLOG_STATE_DIR": str(tmp_path / "state"), "RANKLOG_TO": str(tmp_path / "secret-store")}
+    env = {
+        "HOME": str(tmp_path),
+        "RANKLOG_STATE_DIR": str(tmp_path / "state"),
+        "RANKLOG_TO": str(tmp_path / "secret-store"),
+    }
     return load_config({}, env=env).to_json()
 
 
@@ -108,7 +112,9 @@ def test_a_machine_without_room_for_a_process_does_not_end_the_daemon(
     assert shipper.pid
 
 
-def test_one_that_cannot_even_read_its_config_is_tried_again(shipper: ShipperProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_cannot_even_read_its_config_is_tried_again(
+    shipper: ShipperProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(sys, "executable", "/bin/false")
         shipper.tend(0.0)

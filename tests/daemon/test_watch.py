@@ -68,7 +68,9 @@ def test_many_events_are_one_wake_up(watch: Watch, tmp_path: Path) -> None:
     watch.clear()  # One too many is no error.
 
 
-def test_a_directory_that_cannot_be_watched_is_left_to_the_rescan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_that_cannot_be_watched_is_left_to_the_rescan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from watchdog.observers.inotify import InotifyEmitter
 
     def no_more(self: InotifyEmitter) -> None:

@@ -17,14 +17,14 @@ from pathlib import Path
 
 import msgpack
 import pytest
+
+from ingesting import NOW_NS, RawPeer, batch_message, frames, hello_message
+from node import Node, wait_for
 from ranklog import wire
 from ranklog.frame import encode_frame, encode_gap
 from ranklog.framefile import FileName, format_name
 from ranklog.start import encode_start
 from ranklog.wire import Type
-
-from ingesting import NOW_NS, RawPeer, batch_message, frames, hello_message
-from node import Node, wait_for
 from segments import frame, start_of, writer_id
 
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(16) + b"\x00" + bytes(31)
@@ -129,7 +129,9 @@ def test_every_kind_of_refusal_is_counted_by_its_name(node: Node, victim: Victim
     victim.check()
 
 
-def test_a_claimed_loss_becomes_a_gap_and_an_impossible_one_is_refused(node: Node, victim: Victim, peer: RawPeer) -> None:
+def test_a_claimed_loss_becomes_a_gap_and_an_impossible_one_is_refused(
+    node: Node, victim: Victim, peer: RawPeer
+) -> None:
     peer.hello(ONE)
     peer.batch(ONE, 0, encode_start(ONE) + frames(1, 9), 10)
     assert peer.hello(ONE, base=(1 << 62) - 1).code == "MALFORMED"
@@ -141,7 +143,9 @@ def test_a_claimed_loss_becomes_a_gap_and_an_impossible_one_is_refused(node: Nod
     assert [row["seq"] for row in rows if row["kind"] == "gap"] == [10]
 
 
-def test_frames_that_nobody_can_read_become_gaps_and_their_neighbours_rows(node: Node, victim: Victim, peer: RawPeer) -> None:
+def test_frames_that_nobody_can_read_become_gaps_and_their_neighbours_rows(
+    node: Node, victim: Victim, peer: RawPeer
+) -> None:
     bombs = [
         b"\x91" * 400_000, b"\x81\xa1k" * 200_000, b"\xc1", b"\xdf\xff\xff\xff\xff", b"\x95\x01", b"\x95\x01\x05\x00\xc0\xdf\xff\xff\xff\xff",
         b"\x95\x01\x06\x00\xc0" + b"\x91" * 300_000,
@@ -160,7 +164,13 @@ def test_names_and_values_of_every_kind_reach_the_shards_and_no_path(node: Node,
     for number, name in enumerate(names):
         start = replace(start_of(100 + number), project=name, run=name)
         assert peer.hello(start).kind == Type.WELCOME, name
-        values = {"nan": float("nan"), "inf": float("inf"), "deep": 1.0, f"k/{name}".encode(errors="replace").decode(): 2.0, "": 3.0}
+        values = {
+            "nan": float("nan"),
+            "inf": float("inf"),
+            "deep": 1.0,
+            f"k/{name}".encode(errors="replace").decode(): 2.0,
+            "": 3.0,
+        }
         data = encode_start(start) + frame(1, 1, values) + frame(1, 2, {f"k{i}": float(i) for i in range(10_000)})
         assert peer.batch(start, 0, data, 3).durable == 2
     assert peer.hello(replace(start_of(999), project="p" * 4096)).code == "MALFORMED"
@@ -183,7 +193,15 @@ def test_a_message_beyond_the_limit_costs_its_sender_the_connection(node: Node, 
 def test_sockets_that_speak_no_zeromq_and_a_thousand_connections_disturb_nobody(node: Node, victim: Victim) -> None:
     ready = b"\x04\x29\x05READY\x0bSocket-Type" + struct.pack(">I", 0xFFFFFFFF)
     strangers = []
-    for data in (b"", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", bytes(5000), b"\xff" * 5000, os.urandom(5000), GREETING, GREETING + ready):
+    for data in (
+        b"",
+        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+        bytes(5000),
+        b"\xff" * 5000,
+        os.urandom(5000),
+        GREETING,
+        GREETING + ready,
+    ):
         sock = socket.socket(socket.AF_UNIX)
         sock.connect(str(path_of(node)))
         sock.sendall(data)
@@ -212,7 +230,9 @@ def test_a_thousand_real_peers_at_once_are_served(node: Node, victim: Victim) ->
     victim.check()
 
 
-def test_a_flood_without_end_from_one_peer_leaves_the_others_their_turn(node: Node, victim: Victim, peer: RawPeer) -> None:
+def test_a_flood_without_end_from_one_peer_leaves_the_others_their_turn(
+    node: Node, victim: Victim, peer: RawPeer
+) -> None:
     for _ in range(20_000):
         peer.send(*hello_message(ONE))
     for _ in range(200):
@@ -221,7 +241,9 @@ def test_a_flood_without_end_from_one_peer_leaves_the_others_their_turn(node: No
     assert node.status()["refused"]["malformed"] > 0
 
 
-def test_a_peer_that_takes_anothers_name_gets_neither_its_acks_nor_its_place(node: Node, victim: Victim, peer: RawPeer) -> None:
+def test_a_peer_that_takes_anothers_name_gets_neither_its_acks_nor_its_place(
+    node: Node, victim: Victim, peer: RawPeer
+) -> None:
     """An identity can change hands on a ROUTER; the writer is what counts, and its user."""
     peer.hello(ONE)
     assert peer.batch(ONE, 0, encode_start(ONE), 1).durable == 0
@@ -247,7 +269,9 @@ def test_hostile_files_are_reported_once_and_their_neighbours_adopted(node: Node
     named(6).write_bytes(encode_start(start_of(1)))
     named(7).write_bytes(encode_start(start_of(57)) + encode_gap(1, 1 << 40, "x", NOW_NS))
     named(8).write_bytes(encode_start(start_of(58)) + frames(1, 5) + encode_start(start_of(58)) + frames(1 << 50, 5))
-    (node.spool / format_name(FileName(writer_id(70), 0, "spool"))).write_bytes(encode_start(start_of(70)) + frames(1, 9))
+    (node.spool / format_name(FileName(writer_id(70), 0, "spool"))).write_bytes(
+        encode_start(start_of(70)) + frames(1, 9)
+    )
     wait_for(lambda: len(node.status()["adoption_refused"]) == 8, "they are reported")
     victim.check()
     assert len(node.raw_rows(f"writer = '{writer_id(70)}' and kind = 'metrics'")) == 9
@@ -286,7 +310,9 @@ def test_256_writers_at_once_are_all_durable_and_nothing_is_refused(node: Node, 
     processes, each, records = 4, 64, 100
     with ThreadPoolExecutor(processes) as pool:
         done = list(
-            pool.map(lambda n: node.python(WRITERS, str(n * each), str(each), str(records), timeout_s=120), range(processes))
+            pool.map(
+                lambda n: node.python(WRITERS, str(n * each), str(each), str(records), timeout_s=120), range(processes)
+            )
         )
     assert [process.returncode for process in done] == [0] * processes, done[0].stderr
     told = node.status()

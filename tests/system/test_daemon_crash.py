@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from node import Node, wait_for
 from ranklog import control
 from ranklog.failpoint import FAILPOINTS
 from ranklog.wire import Wait
 from ranklogd.wal import segment
-
-from node import Node, wait_for
 
 LIVE = {
     "recv.after", "wal.append.before", "wal.append.after", "wal.sync.before", "wal.sync.after", "ack.before", "ack.after",
@@ -30,7 +30,19 @@ ADOPT = {"adopt.copy.after", "adopt.sync.after", "adopt.unlink.after"}
 """Reached when a dead writer's files are found."""
 STOP = {"shutdown.seal.after"}
 INGEST = LIVE | SEAL | ADOPT | STOP
-OTHERS = ("journal.", "spool.", "finish.", "shard.", "outbox.", "trim.", "upload.", "store.", "mark.", "retain.", "delete.")
+OTHERS = (
+    "journal.",
+    "spool.",
+    "finish.",
+    "shard.",
+    "outbox.",
+    "trim.",
+    "upload.",
+    "store.",
+    "mark.",
+    "retain.",
+    "delete.",
+)
 """The points of the client and of the shipper, whose suites loop over them."""
 
 RECORDS = 200
@@ -125,7 +137,10 @@ def test_a_kill_at_any_point_loses_and_doubles_nothing(node: Node, point: str) -
 @pytest.mark.parametrize(
     "point",
     [
-        pytest.param(point, marks=() if point in {"wal.sync.before", "seg.header.after", "adopt.sync.after"} else pytest.mark.full)
+        pytest.param(
+            point,
+            marks=() if point in {"wal.sync.before", "seg.header.after", "adopt.sync.after"} else pytest.mark.full,
+        )
         for point in sorted(INGEST)
     ],
 )
@@ -140,7 +155,10 @@ def test_three_kills_in_a_row_lose_and_double_nothing(node: Node, point: str) ->
 @pytest.mark.parametrize(
     "point",
     [
-        pytest.param(point, marks=() if point in {"wal.sync.before", "seg.header.after", "wal.append.after"} else pytest.mark.full)
+        pytest.param(
+            point,
+            marks=() if point in {"wal.sync.before", "seg.header.after", "wal.append.after"} else pytest.mark.full,
+        )
         for point in sorted(INGEST)
     ],
 )
