@@ -150,9 +150,9 @@ class Rig(Node):
         """Start a daemon, wait until it answers and keep its segment."""
         daemon = super().start_daemon(*flags, **env)
         for path in (self.state / "wal").glob("*.open"):
-            name = self._kept / f"{path.stem}.{path.stat().st_ino}"
-            if not name.exists():
-                os.link(path, name)
+            number = path.stat().st_ino
+            if not list(self._kept.glob(f"*.{number}")):
+                os.link(path, self._kept / f"{len(list(self._kept.iterdir())):04}.{number}")
         return daemon
 
     def kill(self, daemon: subprocess.Popen[bytes]) -> None:

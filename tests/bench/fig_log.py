@@ -7,7 +7,8 @@ import shutil
 import signal
 import statistics
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from operator import sub
 from typing import Any
 
 from bench.disks import Checkpoint, frozen, loop_ext4
@@ -15,7 +16,7 @@ from bench.ledger import account
 from bench.load import PACE_S
 from bench.node import Node, Options, private_node
 from bench.rows import Row, Skipped
-from bench.trainers import Trainer, trainers
+from bench.trainers import trainers
 
 P50_RATIO, P99_RATIO = 1.4, 2.5
 
@@ -179,25 +180,27 @@ def _paced_rows(what: str, measured: dict[str, Any], lost: str, more: str = "") 
 
 def log_cpu(options: Options) -> list[Row]:
     """CPU of the trainer for each paced call, all its threads, beside raw_write; the harness is subtracted."""
-    count = options.pick(1000, 400)
+    blocks, count = options.pick(15, 4), 200
     spent: dict[str, list[float]] = {"null": [], "raw": [], "log": []}
-    with private_node(options) as node:
-        for number in range(options.pick(5, 2)):
-            order = list(spent) if number % 2 else list(reversed(spent))
-            for kind in order:
-                own = {"kind": kind, "count": count, "run": f"cpu-{kind}-{number}", "raw_path": str(node.root / "raw")}
-                rank = Trainer(node, "cpu", rank=0, world=1, **own)
-                rank.go()
-                spent[kind].append(rank.hear()["cpu_s"] / count * 1e6)
-                rank.end()
-    null, raw, log = (statistics.median(spent[kind]) for kind in ("null", "raw", "log"))
-    note = f"median of {len(spent['log'])} processes of {count} calls, {null:.3g} µs of harness subtracted"
+    with private_node(options) as node, ExitStack() as stack:
+        ranks = {}
+        for kind in spent:
+            load = {"kind": kind, "blocks": blocks, "count": count, "raw_path": str(node.root / "raw")}
+            (ranks[kind],) = stack.enter_context(trainers(node, "cpu", 1, **load))
+            ranks[kind].hear()
+        for number in range(blocks):
+            for kind in spent if number % 2 else reversed(spent):
+                ranks[kind].tell()
+                spent[kind].append(ranks[kind].hear() / count * 1e6)
+    null = statistics.median(spent["null"])
+    raw, log = (statistics.median(map(sub, spent[kind], spent["null"])) for kind in ("raw", "log"))
+    note = f"median of {blocks} blocks of {count} calls in turn, {null:.3g} µs of harness subtracted"
     return [
         Row(
             figure="trainer CPU per paced call, all threads",
             unit="µs",
-            measured=log - null,
-            floor=raw - null,
+            measured=log,
+            floor=raw,
             floor_name="raw_write",
             budget=2.0,
             of_floor=True,

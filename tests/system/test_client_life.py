@@ -419,6 +419,7 @@ signal.signal(signal.SIGTERM, stop)
         ("os.kill(os.getpid(), signal.SIGTERM); signal.pause()", -signal.SIGTERM),
         ("os.kill(os.getpid(), signal.SIGINT); signal.pause()", 1),
         ("os.kill(os.getpid(), signal.SIGKILL); signal.pause()", -signal.SIGKILL), ("os.abort()", -signal.SIGABRT),
+        ("os.execv('/bin/true', ['true'])", 0),
     ],
 )  # fmt: skip
 def test_no_way_out_of_the_process_loses_a_record(rig: Rig, leave: str, code: int):
@@ -457,6 +458,23 @@ ranklog.log({"i": 0})
     [records] = rig.written().values()
     assert logged(records, "i") == [0, 1]
     assert len(ends(records)) == 1
+
+
+def test_what_is_logged_while_the_interpreter_goes_down_is_told_and_harms_nobody(rig: Rig):
+    rig.start_daemon()
+    output = rig.client("""
+import ranklog
+class Last:
+    def __del__(self): ranklog.log({"i": 2})
+last = Last()
+last.itself = last
+ranklog.init(project="p")
+ranklog.log({"i": 1})
+""")
+    assert "Exception" not in output
+    assert "Traceback" not in output
+    [records] = rig.written().values()
+    assert logged(records, "i") == [1]
 
 
 def test_a_thread_that_logs_while_another_finishes_loses_nothing_it_was_promised(rig: Rig):
@@ -522,15 +540,17 @@ assert last[3] - first[3] < 4 << 20, (first, last)
         assert len(ends(records)) == 1
 
 
-def test_a_writer_has_one_thread_of_ours(rig: Rig):
+def test_a_writer_has_one_thread_of_ours_and_libzmqs_two(rig: Rig):
     rig.start_daemon()
     rig.client("""
-import threading, ranklog
+import os, threading, ranklog
 before = set(threading.enumerate())
 ranklog.init(project="p")
-ranklog.log({"a": 1})
+for i in range(20000): ranklog.log({"i": i})  # Large batches take another way through libzmq.
 assert ranklog.flush(10)
 assert len(set(threading.enumerate()) - before) == 1
+assert len(os.listdir("/proc/self/task")) <= 4
+assert len(os.listdir("/proc/self/fd")) <= 20
 ranklog.finish()
 assert set(threading.enumerate()) == before
 """)

@@ -2,6 +2,8 @@
 within the caps, and what is beyond them is accounted for by gaps.
 """
 
+import os
+import shutil
 import signal
 import subprocess
 import time
@@ -28,7 +30,7 @@ refused = run._writer.refused
 ranklog.log({"slowest": slowest, "refused": refused, "count": i})
 began = time.monotonic()
 ranklog.finish(timeout=15)
-print(i, refused, slowest, time.monotonic() - began)
+print(i, refused, slowest, time.monotonic() - began, flush=True)
 """
 TINY = {
     "RANKLOG_JOURNAL_FILE_SIZE_BYTES": "16K",
@@ -187,6 +189,23 @@ def test_records_of_a_daemon_that_dies_before_they_are_durable_are_sent_again(ri
     rig.adopted()
     [records] = rig.written().values()
     assert logged(records, "i") == list(range(told.count))
+
+
+def test_a_daemon_that_lost_its_state_takes_over_where_the_other_was(rig: Rig, tmp_path: Path):
+    """What was acknowledged is the dead one's affair; all the rest comes, and no gap is made up."""
+    daemon = rig.start_daemon()
+    client = rig.spawn(TRAINER, 0, 60, "paced")
+    for turn in range(3):
+        wait_for(lambda: rig.status()["records"] > 200, "records arrive")
+        rig.kill(daemon)
+        rig.state.rename(tmp_path / f"lost {turn}")
+        daemon = rig.start_daemon()
+    wait_for(lambda: rig.status()["records"] > 200, "records arrive")
+    (tmp_path / "enough").touch()
+    told = Told(client)
+    [records] = rig.written().values()
+    assert logged(records, "i") == list(range(told.count))
+    assert gaps(records) == []
 
 
 @pytest.mark.parametrize("case", ["no daemon", "dead daemon", "frozen before", "frozen meanwhile"])
@@ -407,6 +426,43 @@ ranklog.finish()
     assert errors.count("records are kept in memory") == 1
     [records] = rig.written().values()
     assert logged(records, "i") == list(range(1000))
+
+
+@pytest.fixture
+def freezable_disk(tmp_path: Path) -> Iterator[Path]:
+    """An ext4 of 256 MiB that can be frozen."""
+    if os.geteuid() != 0 or shutil.which("mkfs.ext4") is None:
+        pytest.skip("needs root and mkfs.ext4 (apt-get install e2fsprogs), to freeze a disk")
+    image, path = tmp_path / "image", tmp_path / "disk"
+    path.mkdir()
+    image.touch()
+    os.truncate(image, 256 << 20)
+    subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)
+    subprocess.run(["mount", "-o", "loop", str(image), str(path)], check=True)
+    yield path
+    subprocess.run(["fsfreeze", "-u", str(path)], check=False, capture_output=True)
+    subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def test_a_spool_disk_that_hangs_holds_up_nobody_but_the_sender(rig: Rig, freezable_disk: Path, tmp_path: Path):
+    rig.spool = freezable_disk / "spool"
+    client = rig.spawn(TRAINER, 0, 60, "paced", RANKLOG_SPOOL_DIR=str(rig.spool))
+    wait_for(lambda: list(rig.spool.glob("*.spool")), "the writer spools")
+    subprocess.run(["fsfreeze", "-f", str(freezable_disk)], check=True)
+    pass_s(3)
+    (tmp_path / "enough").touch()
+    line = client.stdout.readline()  # finish() has given up; the process itself cannot end before the disk is back.
+    subprocess.run(["fsfreeze", "-u", str(freezable_disk)], check=True)
+    count, refused, slowest, finish = line.split()
+    assert client.wait(20) == 0
+    assert float(slowest) < SLOW_S
+    assert float(finish) < 7
+    assert refused == "0"
+    rig.start_daemon(RANKLOG_SPOOL_DIR=str(rig.spool))
+    rig.adopted()
+    [records] = rig.written().values()
+    assert logged(records, "i") == list(range(int(count)))
+    assert records[-1].kind == Kind.END
 
 
 def test_a_full_spool_disk_is_said_once_and_the_records_stay_in_the_journal(rig: Rig, small_disk: Path):
