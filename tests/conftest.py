@@ -7,6 +7,7 @@ At the end the time of each suite (a folder of tests) is printed.
 """
 
 import os
+import signal
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,9 @@ REQUIRE_ALL = os.environ.get("RANKLOG_REQUIRE_ALL") == "1"
 # A busy machine is no reason to fail a rule. Where everything is required, the same examples are tried each time.
 settings.register_profile("ranklog", deadline=None, derandomize=REQUIRE_ALL)
 settings.load_profile("ranklog")
+
+# `nohup` and some CI runners start us with SIGHUP ignored, which every process started by a test would inherit.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

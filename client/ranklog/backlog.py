@@ -21,7 +21,7 @@ from ranklog.spool import Spool
 BATCH_SIZE = 1 << 20
 """Chunks are sent together up to this size: with two batches in flight, size is what makes a backlog drain fast."""
 MERGE_SIZE_MAX = 256 << 10
-"""Neighbouring spool chunks are joined up to this size, so that days of outage stay a short chain."""
+"""Neighbouring chunks are joined up to this size, so that days of outage stay a short chain."""
 
 
 class Batch(NamedTuple):
@@ -45,6 +45,8 @@ class Backlog:
         self._in_flight: deque[int] = deque()
         self._received = 0
         """The seq below which the daemon has everything, durable or not."""
+        self._spooled = 0
+        """The seq below which everything was on disk durably, or acknowledged, after the last spill."""
 
     @property
     def base(self) -> int:
@@ -62,8 +64,15 @@ class Backlog:
         return not self._chain
 
     def collect(self) -> None:
-        """Take in what the caller has logged since."""
-        self._chain.extend(self._journal.collect())
+        """Take in what the caller has logged since. What follows unsent bytes of the same file is joined to them:
+        beside a busy training, each read and write of its own may cost milliseconds.
+        """
+        for chunk in self._journal.collect():
+            last = self._chain[-1] if len(self._chain) > self._cursor else None
+            if last and chunk.first_seq != self._received and _joinable(last, chunk):
+                self._chain[-1] = _joined(last, chunk)
+            else:
+                self._chain.append(chunk)
 
     def next_batch(self) -> Batch | None:
         """Return the next unsent batch and count it as in flight; None if all is sent. Raises OSError: rewind then."""
@@ -160,10 +169,26 @@ class Backlog:
             raise
         for _, chunk in moved:
             self._release(chunk)
+        self._spooled = next((c.first_seq for c in self._chain if not self._on_disk(c)), self._end)
         if not self._cursor:
             self._merge()
         if full is not None:
             raise full
+
+    def relieve(self) -> None:
+        """Move every chunk to the spool and give its room in the journal back at once; raises OSError.
+
+        For a journal that fills up faster than a disk can sync. The copies survive a kill, as the journal does; the
+        next `spill` makes them durable.
+        """
+        for index, chunk in enumerate(self._chain):
+            if not self._on_disk(chunk):
+                self._chain[index] = self._spool.take(chunk)
+                self._release(chunk)
+
+    @property
+    def _end(self) -> int:
+        return self._chain[-1].next_seq if self._chain else self.acked
 
     def _undo(self, moved: list[tuple[int, Chunk]]) -> None:
         self._spool.seal()
@@ -175,15 +200,8 @@ class Backlog:
         """Join neighbours of one spool file. Not while batches are in flight: acks are counted by chunk."""
         merged: deque[Chunk] = deque()
         for chunk in self._chain:
-            last = merged[-1] if merged else None
-            if (
-                last
-                and last.file is chunk.file
-                and last.end == chunk.offset
-                and chunk.end - last.offset <= MERGE_SIZE_MAX
-            ):
-                merged[-1] = Chunk(last.file, last.offset, chunk.end, last.first_seq, chunk.next_seq)
-                chunk.file.chunks -= 1
+            if merged and _joinable(merged[-1], chunk):
+                merged[-1] = _joined(merged[-1], chunk)
             else:
                 merged.append(chunk)
         self._chain = merged
@@ -194,12 +212,17 @@ class Backlog:
 
     def spooled_below(self) -> int:
         """Return the seq below which everything is acknowledged or durable in the spool."""
-        safe = self.acked
-        for chunk in self._chain:
-            if not self._on_disk(chunk):
-                break
-            safe = chunk.next_seq
-        return safe
+        return max(self.acked, self._spooled)
+
+
+def _joinable(last: Chunk, chunk: Chunk) -> bool:
+    return last.file is chunk.file and last.end == chunk.offset and chunk.end - last.offset <= MERGE_SIZE_MAX
+
+
+def _joined(last: Chunk, chunk: Chunk) -> Chunk:
+    """Return two neighbours as one."""
+    chunk.file.chunks -= 1
+    return last._replace(end=chunk.end, next_seq=chunk.next_seq)
 
 
 def _offset_of(chunk: Chunk, seq: int) -> int | None:

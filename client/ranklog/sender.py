@@ -156,15 +156,19 @@ class Sender:
         now_s = time.monotonic()
         self._link.tend(now_s, self._wake_fd)
         waited_s = now_s - max(self._last_spill_s, self._link.detached_s)
-        due = self._hurry or waited_s >= SPILL_INTERVAL_S
-        if self._journal.crowded or (due and self._link.state != State.ATTACHED):
+        if self._journal.crowded:
+            self._move(self._backlog.relieve)
+        if self._link.state != State.ATTACHED and (self._hurry or waited_s >= SPILL_INTERVAL_S):
             self._spill(now_s)
         self._publish()
 
     def _spill(self, now_s: float) -> None:
         self._last_spill_s, self._hurry = now_s, False
+        self._move(self._backlog.spill)
+
+    def _move(self, to_disk: Callable[[], None]) -> None:
         try:
-            self._backlog.spill()
+            to_disk()
         except OSError as exc:
             if str(exc) != self._told:
                 self._warn(

@@ -18,6 +18,8 @@ FILE_SIZE_MAX = 64 << 20
 """A spool file is closed at this size, so that disk is given back file by file while a backlog drains."""
 FREE_SIZE_MIN = 64 << 20
 """Free bytes that the spool leaves on its filesystem: the checkpoint of the training matters more."""
+LOOK_SIZE = 8 << 20
+"""Free space is looked at once in so many bytes: beside a busy training, each system call may cost milliseconds."""
 
 
 class Spool:
@@ -31,6 +33,8 @@ class Spool:
         self._directories = directories
         self._size_max = size_max
         self._number = 0
+        self._room = 0
+        """Bytes that may be written before the filesystem is looked at again."""
         self._files: set[FrameFile] = set()
         self._file: FrameFile | None = None
         self._unsynced = False
@@ -70,9 +74,7 @@ class Spool:
         file = self._file
         if file is None or file.size + size > FILE_SIZE_MAX:
             file = self._roll()
-        room = os.fstatvfs(file.fd)
-        if room.f_bavail * room.f_frsize < FREE_SIZE_MIN + size:
-            raise OSError(errno.ENOSPC, f"less than {FREE_SIZE_MIN} bytes would stay free")
+        self._require_room(file, size)
         # Record 0 is the start frame, which stands at the head of every spool file already.
         there = file.head_end if chunk.first_seq == 0 and file.size == file.head_end else 0
         data = os.pread(chunk.file.fd, size - there, chunk.offset + there)
@@ -82,8 +84,17 @@ class Spool:
         file.size += len(data)
         file.chunks += 1
         self.size += size
+        self._room -= size
         self._unsynced = True
         return Chunk(file, offset, file.size, chunk.first_seq, chunk.next_seq)
+
+    def _require_room(self, file: FrameFile, size: int) -> None:
+        if self._room >= size:
+            return
+        room = os.fstatvfs(file.fd)
+        self._room = min(room.f_bavail * room.f_frsize - FREE_SIZE_MIN, LOOK_SIZE)
+        if self._room < size:
+            raise OSError(errno.ENOSPC, f"less than {FREE_SIZE_MIN} bytes would stay free")
 
     def sync(self) -> None:
         """Make everything taken so far durable; on OSError the file is given up: later chunks go to a new one.
@@ -127,6 +138,7 @@ class Spool:
 
     def _roll(self) -> FrameFile:
         """Open the next file, in the first directory that takes one; the last one's bytes become durable before."""
+        self._room = 0
         self.sync()
         self.seal()
         error: OSError | None = None

@@ -128,7 +128,7 @@ def _blocks(
     busy: bool = False,
 ) -> tuple[dict[str, Any], str]:
     """Measure while `arrange` holds; return the latencies and what became of the records afterwards."""
-    blocks = blocks or options.pick(12, 3)
+    blocks = blocks or options.pick(12, 2)
     load = {"blocks": blocks, "calls": calls, "busy": busy}
     with trainers(node, "blocks", 1, raw_path=str(node.root / "raw"), **load) as (rank,):
         rank.hear()

@@ -123,7 +123,7 @@ def _whole(what: str, result: dict[str, Any]) -> Row:
 def shard_bytes(options: Options) -> list[Row]:
     """Bytes of a record in the shard of 10 s at 8 × 10 and 8 × 200 records a second, and in a large one."""
     rows = []
-    for pace, precision in ((10, "double"), (10, "single"), (200, "double")):
+    for pace, precision in ((10, "double"), (200, "double"), (10, "single"))[: options.pick(3, 2)]:
         count = options.pick(10 * pace, min(10 * pace, 500))
         found, wide = _fresh_shard(options, pace, count, precision)
         bits = {"double": "53 random bits", "single": "float32"}[precision]

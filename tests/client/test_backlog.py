@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness import logged, on_disk
 from ranklog import backlog as backlog_module
 from ranklog.backlog import Backlog, Batch
 from ranklog.frame import Kind, spans
@@ -110,6 +111,9 @@ class Bench:
     def spill(self) -> None:
         self.backlog.spill()
 
+    def relieve(self) -> None:
+        self.backlog.relieve()
+
     def refill(self) -> None:
         self.journal.refill()
 
@@ -127,7 +131,9 @@ class Bench:
             file.remove()
 
 
-STEPS = ["pump", "deliver", "acknowledge", "commit_unheard", "reconnect", "crash", "spill", "collect", "refill"]
+STEPS = [
+    "pump", "deliver", "acknowledge", "commit_unheard", "reconnect", "crash", "spill", "relieve", "collect", "refill",
+]  # fmt: skip
 
 
 @settings(max_examples=400)
@@ -205,6 +211,7 @@ def test_a_chunk_of_which_a_part_is_known_is_cut_and_both_parts_count(bench: Ben
 
 def test_batches_are_bounded_and_never_split_a_chunk(bench: Bench, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(backlog_module, "BATCH_SIZE", 5000)
+    monkeypatch.setattr(backlog_module, "MERGE_SIZE_MAX", 900)
     for _ in range(20):
         bench.log(10)
         bench.collect()
@@ -225,19 +232,46 @@ def test_only_an_ack_that_covers_a_whole_chunk_releases_it(bench: Bench):
 
 
 def test_what_the_spool_has_no_room_for_stays_in_the_journal_and_what_it_took_is_moved(tmp_path: Path):
-    bench = Bench(tmp_path, spool_size_max=2000)
-    for _ in range(5):
-        bench.log(10)
-        bench.collect()
+    bench = Bench(tmp_path, spool_size_max=5000)
+    bench.log(200)
+    bench.collect()
     with pytest.raises(OSError, match="spool cap"):
         bench.spill()
-    assert bench.backlog.spooled_below() == 21
+    moved = bench.backlog.spooled_below()
+    assert 20 < moved < 100
     with pytest.raises(OSError, match="spool cap"):
         bench.spill()
-    assert bench.backlog.spooled_below() == 21, "nothing is moved twice"
+    assert bench.backlog.spooled_below() == moved, "nothing is moved twice"
     bench.settle()
-    assert bench.daemon.durable_seq == 50
+    assert bench.daemon.durable_seq == 200
     bench.close()
+
+
+def test_a_journal_that_is_relieved_has_room_at_once_and_is_not_called_durable_before_it_is(bench: Bench):
+    bench.log(200)
+    bench.collect()
+    assert len(list((bench.path / "journal").iterdir())) > 3
+    bench.backlog.relieve()
+    assert logged(on_disk(bench.path / "spool")[WRITER], "n") == list(range(200))
+    assert len(bench.backlog.files()) == 1
+    assert bench.backlog.spooled_below() == 0
+    bench.spill()
+    assert bench.backlog.spooled_below() == 201
+    bench.log(10)
+    bench.collect()
+    assert bench.backlog.spooled_below() == 201
+    bench.settle()
+    assert bench.daemon.durable_seq == 210
+
+
+def test_what_is_logged_while_nothing_can_be_sent_is_one_chunk_for_each_file(bench: Bench):
+    bench.send()
+    for _ in range(100):
+        bench.log(2)
+        bench.collect()
+    assert len(bench.backlog._chain) <= len(list((bench.path / "journal").iterdir())) + 1
+    bench.settle()
+    assert bench.daemon.durable_seq == 200
 
 
 def test_neighbours_in_the_spool_are_joined_so_that_days_of_outage_stay_a_short_chain(bench: Bench):
@@ -257,7 +291,7 @@ def test_while_batches_are_in_flight_nothing_is_joined(bench: Bench):
     for _ in range(3):
         bench.log(5)
         bench.collect()
-    assert bench.backlog.next_batch() is not None
+        assert bench.backlog.next_batch() is not None
     bench.spill()
     assert len(bench.backlog._chain) == 3
     bench.backlog.acknowledge(5)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ingesting import NOW_S, Half, end_frame, frames, kept, kept_in, seqs
+from ingesting import NOW_S, UID, Half, end_frame, frames, kept, kept_in, seqs
 from ranklog.errors import FormatError
 from ranklog.start import encode_start
 from ranklogd.sequence import run_key
@@ -158,7 +158,7 @@ def test_of_two_open_segments_the_older_counts_up_to_where_the_younger_begins(st
 def test_a_younger_segment_without_entries_takes_the_doubtful_ones_back(state: StateDir) -> None:
     """The crash came between the two opens: no ack was sent for what only the poisoned file holds."""
     (state.wal / OPEN).write_bytes(built((1, 3), (4, 4)).data)
-    mark = segment.WriterMark(1000, bytes.fromhex(ONE.writer), 3, 2, run_key(ONE), 0, 0)
+    mark = segment.WriterMark(UID, bytes.fromhex(ONE.writer), 3, 2, run_key(ONE), 0, 0)
     (state.wal / segment.open_name(4)).write_bytes(SegmentBuilder(4, [mark]).data)
     half = Half(state)
     assert half.recovered.next_lsn == 4

@@ -49,6 +49,7 @@ RECORDS = 200
 CLIENT = """
 import ranklog, sys
 run = ranklog.init('p', id=sys.argv[1])
+run._writer.connects(20)  # Else a short script on a busy machine is over before its sender has met the daemon.
 for i in range(int(sys.argv[2])):
     run.log({'i': float(i)})
     if i % 50 == 25:
