@@ -21,8 +21,9 @@ REQUIRE_ALL = os.environ.get("RANKLOG_REQUIRE_ALL") == "1"
 settings.register_profile("ranklog", deadline=None, derandomize=REQUIRE_ALL)
 settings.load_profile("ranklog")
 
-# `nohup` and some CI runners start us with SIGHUP ignored, which every process started by a test would inherit.
+# `nohup` and shells' background jobs start us with signals ignored, which every process started by a test would inherit.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -170,10 +170,10 @@ class Rig(Node):
         self._clients.append(client)
         return client
 
-    def client(self, source: str, *args: object, code: int = 0, **env: str) -> str:
+    def client(self, source: str, *args: object, code: int | tuple[int, ...] = 0, **env: str) -> str:
         """Run a client script to its end, check its exit code and return what it printed on both streams."""
         done = self.python(source, *map(str, args), **env)
-        assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}{done.stderr}"
+        assert done.returncode in (code if isinstance(code, tuple) else (code,)), f"exit code {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout + done.stderr
 
     def adopted(self, timeout_s: float = 20.0) -> None:

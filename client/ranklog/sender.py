@@ -48,6 +48,7 @@ class Sender:
         self._poll = select.poll()  # Not select: a trainer may well have descriptors beyond 1024.
         self._poll.register(self._wake_fd, select.POLLIN)
         self._woken = self._closed = False
+        self._due_s = 0.0
         self._hurry = False
         """Somebody waits for the spool."""
         self._condition = threading.Condition()
@@ -71,12 +72,12 @@ class Sender:
         """Wait until every record below `seq` is acknowledged; with `spooled`, a copy on disk will do."""
         deadline = time.monotonic() + timeout_s
         with self._condition:
+            self.wake()  # Once: the thread notifies at every step, and waking it for each of those is a busy loop.
             while (self._safe if spooled else self._acked) < seq:
                 left = deadline - time.monotonic()
                 if left <= 0 or not self._thread.is_alive():
                     return False
                 self._hurry = self._hurry or spooled
-                self.wake()
                 self._condition.wait(min(left, WAIT_INTERVAL_S))
         return True
 
@@ -148,12 +149,16 @@ class Sender:
 
     def step(self, timeout_s: float) -> None:
         """Wait for news or the timer, then do everything there is to do once."""
-        if not self._link.poll(timeout_s) and self._poll.poll(round(timeout_s * 1000)):
+        wait_s = max(0.0, min(timeout_s, self._due_s - time.monotonic()))
+        if not self._link.poll(wait_s) and self._poll.poll(round(wait_s * 1000)):
             os.eventfd_read(self._wake_fd)
-        self._woken = False  # Before looking: a wake-up that comes later is not lost.
-        self._backlog.collect()
-        self._journal.refill()
         now_s = time.monotonic()
+        if self._woken or now_s > self._due_s - 0.001:
+            # Not at every ack: those come 20 ms after each batch, and would make batches of 20 ms.
+            self._woken = False  # Before looking: a wake-up that comes later is not lost.
+            self._due_s = now_s + self._flush_interval_s
+            self._backlog.collect()
+            self._journal.refill()
         self._link.tend(now_s, self._wake_fd)
         waited_s = now_s - max(self._last_spill_s, self._link.detached_s)
         if self._journal.crowded:
