@@ -38,12 +38,15 @@ COMMANDS = {
         "ranklogd.commands.run", "run a training command beside a daemon: ranklog run -- torchrun …", "daemon"
     ),
     "status": Command("ranklog.cli.status", "what the daemon on this node holds, and how far it has come"),
+    "doctor": Command("ranklogd.commands.doctor", "what is wrong on this node, and the command that mends it"),
     "ping": Command("ranklog.cli.ping", "whether a daemon answers"),
     "flush": Command("ranklog.cli.flush", "wait until what was logged is durable, sealed or uploaded"),
     "ls": Command("ranklog.cli.ls", "runs in a store", "read"),
     "query": Command("ranklog.cli.query", "SQL over the views `records` and `metrics`", "read"),
     "tail": Command("ranklog.cli.tail", "the newest rows, and with --follow those to come", "read"),
     "sync": Command("ranklogd.commands.sync", "bring in what waits in this node's journals and spools", "daemon"),
+    "fsck": Command("ranklogd.commands.fsck", "what is in the daemon's state directory, checked and mended", "all"),
+    "requeue": Command("ranklogd.commands.requeue", "bring back what was refused or put aside", "all"),
 }
 
 EXIT_CODES = """\

@@ -18,8 +18,12 @@ import os
 from pathlib import Path
 
 from ranklog import fs
+from ranklog.failpoint import failpoint
 from ranklogd.ship.walk import REASONS_MAX, Evidence
 from ranklogd.statedir import StateDir
+
+UNCONVERTED = "Nothing of this segment was converted; its records are still in it."
+"""The line of a `.reason` by which `ranklog requeue` knows a segment that may come back under its own name."""
 
 
 def keep_evidence(path: Path, state: StateDir, buffer: memoryview, entries_offset: int, evidence: Evidence) -> None:
@@ -39,10 +43,12 @@ def keep_evidence(path: Path, state: StateDir, buffer: memoryview, entries_offse
 
 def discard_segment(path: Path, state: StateDir) -> None:
     """Take a segment whose shards are committed out of the WAL, durably: unlinked, or moved here if it is evidence."""
-    if path.exists() and (state.quarantine / f"{path.name}.reason").exists():
+    if os.path.lexists(path) and (state.quarantine / f"{path.name}.reason").exists():
         fs.rename(path, state.quarantine / path.name)
+        failpoint("evidence.move.after")
         fs.sync_dir(state.quarantine)
     fs.unlink(path)
+    failpoint("trim.unlink.after")
     fs.sync_dir(path.parent)
 
 
@@ -51,8 +57,8 @@ def quarantine_segment(path: Path, state: StateDir, reason: str) -> None:
 
     None of its records reaches a shard.
     """
-    if path.exists():
-        text = f"{reason}\nNothing of this segment was converted; its records are still in it.\n"
+    if os.path.lexists(path):
+        text = f"{reason}\n{UNCONVERTED}\n"
         remedy = f"To try again: mv {state.quarantine / path.name} {state.wal}/\n"
         _publish(state.quarantine / f"{path.name}.reason", [(text + remedy).encode("utf-8", "backslashreplace")])
     discard_segment(path, state)
