@@ -3,9 +3,11 @@
     try 1, 2, 3     with smaller cuts each time: less memory, and less lost where one record is the culprit
     after that      the whole segment goes to quarantine, with the reason of the last strike
 
-Only a failure through the segment itself is such a strike (`ranklogd.ship.tries`). A full disk, a read-only one or a
-lack of descriptors is none: the segment waits, with growing pauses, until that is over. A segment during whose
-conversion this process died without a reason goes behind the others, so that they are served whatever it does.
+Only a failure through the segment itself is such a strike (`ranklogd.ship.tries`). A full disk, one with I/O errors, a
+read-only one or a lack of descriptors is none, nor is a segment that a later ranklog wrote, before somebody went back
+to this version: it waits, with growing pauses, until that is over. What the disk does not give back of a segment for
+some minutes counts as damage: the rest is converted. A segment during whose conversion this process died without a
+reason goes behind the others, so that they are served whatever it does.
 """
 
 import errno
@@ -25,7 +27,7 @@ from ranklogd.ship.guard import outcome
 from ranklogd.ship.quarantine import quarantine_segment
 from ranklogd.ship.tries import SUFFIX, Record, Tries, forget_orphans
 from ranklogd.statedir import StateDir
-from ranklogd.wal.segment import parse_sealed
+from ranklogd.wal.segment import LaterFormat, parse_sealed
 
 _log = logging.getLogger("ranklogd.shipper")
 
@@ -35,8 +37,10 @@ VALUES_MAX = (600_000, 60_000, 6_000)
 _UNEXPLAINED_MAX = 2  # Deaths without a reason; from then on smaller cuts, in case it was memory after all.
 _NO_WAIT = (0, 0.0)
 _NOT_ITS_FAULT = fs.NO_SPACE | {
-    errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM,
+    errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.EIO,
 }  # fmt: skip
+PATIENCE_FAILURES = 8
+"""After so many failures in a row, some minutes, a segment that the disk does not give back is read around."""
 
 
 class Conversion:
@@ -63,6 +67,8 @@ class Conversion:
         for path in self._state.outbox.glob("*.tmp"):
             fs.remove_tree(path)
         forget_orphans(self._state.wal)
+        # A segment that went just before we died must not come back in a power cut once its shards left the outbox.
+        fs.sync_dir(self._state.wal)
 
     def hurry(self) -> None:
         """Forget every wait: the next round tries all segments."""
@@ -98,17 +104,21 @@ class Conversion:
         if record.strikes >= len(VALUES_MAX):
             _log.error("segment_quarantined name=%s reason=%s", path.name, record.last)
             reason = f"{record.strikes} tries to convert it failed. The last: {record.last}"
+            fs.remove_tree(self._state.outbox / f"{path.name}.tmp")  # What stands in the outbox counts as waiting.
             quarantine_segment(path, self._state, reason)
             tries.forget()
             return Converted(damaged_stretches=1)
+        around = self._waits.get(path.name, _NO_WAIT)[0] >= PATIENCE_FAILURES
         with tries.begun() as attempt:
-            done = outcome(partial(convert_segment, path, self._state, values_max=_values_max(record)))
+            done = outcome(
+                partial(convert_segment, path, self._state, values_max=_values_max(record), around_errors=around)
+            )
             if isinstance(done, Exception):
                 if _is_innocent(done):
                     attempt.withdrawn()
                 else:
                     attempt.failed(f"{type(done).__name__}: {done}")
-        if isinstance(done, Converted) or not path.exists():
+        if isinstance(done, Converted) or not os.path.lexists(path):
             tries.forget()
         if isinstance(done, Exception):
             raise done
@@ -128,5 +138,5 @@ def _values_max(record: Record) -> int:
 
 
 def _is_innocent(exc: Exception) -> bool:
-    """Return whether the trouble is the machine's, and so the next segment would meet it as well."""
-    return isinstance(exc, OSError) and exc.errno in _NOT_ITS_FAULT
+    """Return whether the trouble is not the segment's: the machine's, or that a later ranklog wrote it."""
+    return isinstance(exc, LaterFormat) or (isinstance(exc, OSError) and exc.errno in _NOT_ITS_FAULT)

@@ -7,13 +7,14 @@
     5. rename to outbox/<segment>/, fsync outbox          committed; a segment without records leaves nothing there
     6. take the segment out of wal/, fsync wal
 
-Nothing in a segment's bytes makes this raise: what cannot be read becomes gap rows and goes to quarantine. An OSError
+No damage in a segment makes this raise: what cannot be read becomes gap rows and goes to quarantine. An OSError
 (disk full, I/O error) does go to the caller; the segment is then untouched and is tried again later.
 
 A segment is cut into contiguous ranges of lsns before anything is sorted. That bounds memory, and it keeps the lsn
 ranges of one run's shards disjoint, which the containment rule of `ranklog.layout` needs.
 """
 
+import errno
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -31,7 +32,8 @@ from ranklogd.ship.quarantine import discard_segment, keep_evidence, quarantine_
 from ranklogd.ship.shard import Shard, encode_shard
 from ranklogd.ship.walk import Walk
 from ranklogd.statedir import StateDir
-from ranklogd.wal.segment import SegmentHeader, decode_header, parse_sealed
+from ranklogd.wal.salvage import find_salt
+from ranklogd.wal.segment import LaterFormat, SegmentHeader, decode_header, header_size, parse_open, parse_sealed
 
 VALUES_MAX = 600_000
 """Values of one cut; about 100 MB while it is sorted and encoded."""
@@ -40,6 +42,14 @@ VALUE_SIZE_MAX = 32
 float with its key takes 26 in a record of twelve."""
 NAME_VALUES = 8
 """A cut also ends when it has one name for this many values it may have: a new name costs as much memory."""
+
+_SECTOR_SIZE = 512
+HEADER_LOOK_SIZE = 64 << 10
+"""What is read of the next segment at first: the header, if few writers are known."""
+
+
+class WrongName(FormatError):
+    """A sound segment under another's name: its rows would stand under lsns that are not theirs."""
 
 
 @dataclass(frozen=True)
@@ -60,26 +70,35 @@ class Converted:
     """Of the shards."""
 
 
-def convert_segment(path: Path, state: StateDir, *, values_max: int = VALUES_MAX) -> Converted:
+def convert_segment(
+    path: Path, state: StateDir, *, values_max: int = VALUES_MAX, around_errors: bool = False
+) -> Converted:
     """Convert the sealed segment `path` and remove it; returns once all of it is durable.
 
     `values_max` bounds a cut, and so memory and the size of a shard. Where the shards were committed by an earlier
     call, and where the segment's header cannot be read (then it goes to quarantine), an empty Converted is returned.
-    Raises OSError only.
+    With `around_errors`, what the disk does not give back of the segment counts as damage.
+    Raises OSError, and LaterFormat for a segment that a later ranklog wrote; it stays as it is.
     """
     target = state.outbox / path.name
     if target.is_dir():
+        fs.sync_dir(state.outbox)  # The earlier call may have ended before it came to that.
         discard_segment(path, state)
         return Converted()
     temporary = state.outbox / f"{path.name}.tmp"
     fs.remove_tree(temporary)
-    buffer = memoryview(path.read_bytes())
+    buffer = memoryview(_read_around(path) if around_errors else path.read_bytes())
+    nearest = _nearest_header(path)
     try:
-        header, offset, last_lsn = _open(path.name, buffer)
+        header, offset, last_lsn = _open(path.name, buffer, nearest)
+    except LaterFormat:
+        raise
     except FormatError as exc:
         quarantine_segment(path, state, f"The header of this segment cannot be read: {exc}.")
         return Converted(damaged_stretches=1)
-    walk = Walk(buffer, header, last_lsn, values_max)
+    follows = nearest is not None and nearest.first_lsn == last_lsn + 1
+    going_on = {mark.writer: mark.last_seq + 1 for mark in nearest.writers} if nearest and follows else {}
+    walk = Walk(buffer, header, last_lsn, values_max, going_on, has_marks=header.boot != "")
     fs.make_dir(temporary)
     converted = Converted()
     for cut in _cuts(walk, offset, values_max):
@@ -88,6 +107,7 @@ def convert_segment(path: Path, state: StateDir, *, values_max: int = VALUES_MAX
     _sync_dirs(temporary)
     failpoint("shard.sync.after")
     keep_evidence(path, state, buffer, offset, walk.evidence)
+    failpoint("evidence.publish.after")
     if converted.shards:
         fs.rename(temporary, target)
     else:
@@ -96,26 +116,76 @@ def convert_segment(path: Path, state: StateDir, *, values_max: int = VALUES_MAX
     fs.sync_dir(state.outbox)
     failpoint("outbox.dirsync.after")
     discard_segment(path, state)
-    failpoint("trim.unlink.after")
+    failpoint("trim.dirsync.after")
     evidence = walk.evidence
-    return replace(
-        converted, quarantined_records=evidence.records, damaged_stretches=evidence.damaged_stretches
-    )
+    return replace(converted, quarantined_records=evidence.records, damaged_stretches=evidence.damaged_stretches)
 
 
-def _open(name: str, buffer: memoryview) -> tuple[SegmentHeader, int, int]:
-    """Return header, offset of the first entry, and the last lsn that counts; raises FormatError."""
+def _read_around(path: Path) -> bytes:
+    """Read a file; zeros stand for what the disk does not give back."""
+    parts = []
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        size = os.fstat(fd).st_size
+        for offset in range(0, size, _SECTOR_SIZE):
+            count = min(_SECTOR_SIZE, size - offset)
+            try:
+                parts.append(os.pread(fd, count, offset))
+            except OSError as exc:
+                if exc.errno != errno.EIO:
+                    raise
+                parts.append(bytes(count))
+    finally:
+        os.close(fd)
+    return b"".join(parts)
+
+
+def _open(name: str, buffer: memoryview, nearest: SegmentHeader | None) -> tuple[SegmentHeader, int, int]:
+    """Return header, offset of the first entry, and the last lsn that counts; raises FormatError.
+
+    A damaged header costs no record: node and store are those of a later segment's, and the entries stand for
+    themselves.
+    """
     lsns = parse_sealed(name)
     if lsns is None:
         raise FormatError(f"{name!r} is not the name of a sealed segment")
-    try:
-        header, offset = decode_header(buffer)
-    except (ValueError, KeyError, TypeError) as exc:
-        # The checksum was right, so this is no damage but a header this version does not understand.
-        raise FormatError(f"{type(exc).__name__}: {exc}") from exc
     if max(lsns) > INT64_MAX:
         raise FormatError(f"lsns up to {max(lsns)} do not fit 63 bits")
-    return header, offset, lsns[1]
+    try:
+        header, offset = decode_header(buffer)
+        if header.first_lsn != lsns[0]:
+            raise WrongName(f"it begins with lsn {header.first_lsn}, and its name says {lsns[0]}: somebody renamed it")
+        return header, offset, lsns[1]
+    except (LaterFormat, WrongName):
+        raise
+    except (FormatError, ValueError, KeyError, TypeError) as exc:
+        # Where the checksum was right this is no damage, but a header this version does not understand.
+        damage = str(exc) if isinstance(exc, FormatError) else f"{type(exc).__name__}: {exc}"
+    if nearest is None:
+        raise FormatError(damage)
+    # The header is then the first damaged stretch. Where not even one entry is found, every lsn becomes a gap.
+    salt = find_salt(buffer, lsns[0])
+    header = replace(nearest, first_lsn=lsns[0], salt=salt or 0, boot="", writers=())
+    return header, 0 if salt is not None else len(buffer), lsns[1]
+
+
+def _nearest_header(path: Path) -> SegmentHeader | None:
+    """Return the header of the next later segment that can be read; None if there is none."""
+    lsns = parse_sealed(path.name)
+    behind = []
+    for name in os.listdir(path.parent) if lsns else ():
+        first = parse_open(name) or (parse_sealed(name) or (None,))[0]
+        if lsns and first is not None and first > lsns[1]:
+            behind.append((first, name))
+    for _, name in sorted(behind):
+        try:
+            with path.with_name(name).open("rb") as file:
+                head = file.read(HEADER_LOOK_SIZE)
+                head += file.read(max(0, header_size(head) - len(head)))
+            return decode_header(memoryview(head))[0]
+        except (OSError, FormatError):
+            continue
+    return None
 
 
 def _cuts(walk: Walk, offset: int, values_max: int) -> Iterator[Cut]:

@@ -25,6 +25,8 @@ class ShipperReport:
     """Records that could not be read; each has a gap row, and its bytes are in quarantine/."""
     damaged_stretches: int = 0
     """Stretches of segments that were no entries, and whole segments in quarantine/."""
+    quarantined_files: int = 0
+    """Originals in quarantine/ now: segments, spool files and shards that were not what their names say."""
     dead_letters: int = 0
     """Shards in deadletter/ now: the store refused them for good."""
     last_error: str = ""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ranklog import fs
+from ranklog.failpoint import failpoint
 from ranklog.stores.base import Upload
 from ranklogd.statedir import StateDir
 
@@ -117,6 +118,7 @@ def set_aside(source: Path, target: Path, reason: str) -> None:
     temporary = told.with_name(f".{told.name}.tmp")
     temporary.write_text(f"{reason}\n", encoding="utf-8", errors="replace")
     fs.publish(temporary, told)
+    failpoint("aside.reason.after")
     fs.rename(source, target)
     fs.sync_dir(target.parent)
     fs.sync_dir(source.parent)

@@ -25,6 +25,7 @@ from typing import TypeVar
 from ranklog import fs
 from ranklog.errors import RanklogError
 from ranklog.stores.base import Store, open_store
+from ranklogd.clockstep import ClockStep
 from ranklogd.config import Config
 from ranklogd.retry import backoff_s
 from ranklogd.ship.conversion import Conversion
@@ -54,8 +55,7 @@ class Shipper:
         self, config: Config, *, store: Store | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.state = StateDir(config.state_dir)
-        for room in self.state.rooms:
-            fs.make_dir(room)
+        self._make_rooms()
         self.conversion = Conversion(self.state, config, clock=clock)
         self.uploader = Uploader(store or open_store(config.to), self.state, config, clock=clock)
         self._config = config
@@ -64,6 +64,7 @@ class Shipper:
         self._troubles: dict[str, str] = {}
         self._upload_failures = 0
         self._retained_s = -RETAIN_INTERVAL_S
+        self._clock_step = ClockStep(time.time(), time.monotonic())
         self._main = Waker()
         self._upload = Waker()
         self._stopping = False
@@ -76,6 +77,10 @@ class Shipper:
         while self.upload_some() == 0:
             continue
         return self.report() or self._counts
+
+    def _make_rooms(self) -> None:
+        for room in self.state.rooms:
+            fs.make_dir(room)
 
     def convert_one(self) -> Converted | None:
         """Convert one segment that is due; None if there is none."""
@@ -105,7 +110,9 @@ class Shipper:
             self._retained_s = self._clock()
             size_max = self._config.cache_size_bytes if self._config.keeps_cache else 0
             age_max_s = self._config.cache_age_s
-            self._guard("retention", partial(retain, self.state.cache, age_max_s=age_max_s, size_max=size_max))
+            now_s = self._clock_step.earliest(time.time(), time.monotonic())
+            work = partial(retain, self.state.cache, age_max_s=age_max_s, size_max=size_max, now_s=now_s)
+            self._guard("retention", work)
         return wait_s
 
     def report(self) -> ShipperReport | None:
@@ -172,6 +179,7 @@ class Shipper:
             uploaded_shards=self._before.uploaded_shards + self.uploader.uploaded_shards,
             uploaded_bytes=self._before.uploaded_bytes + self.uploader.uploaded_bytes,
             last_upload_s=self.uploader.last_upload_s or self._before.last_upload_s,
+            quarantined_files=sum(not name.endswith(".reason") for name in os.listdir(self.state.quarantine)),
             dead_letters=sum(1 for _ in self.state.deadletter.rglob("*.parquet")),
             last_error=error,
             last_error_class=kind,
@@ -205,6 +213,8 @@ class Shipper:
         """Do one piece of work; if it raises, say so once, keep it in the report until it works again, and go on."""
         done = outcome(work)
         text = f"{where}: {type(done).__name__}: {done}" if isinstance(done, Exception) else ""
+        if isinstance(done, FileNotFoundError):
+            outcome(self._make_rooms)  # Somebody removed one: its files are gone, but not the work of the next.
         if text and text != self._troubles.get(where):
             _log.error("shipper_trouble %s", text, exc_info=done if isinstance(done, Exception) else None)
         # Replaced, never changed: the other thread may be reading it.

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ranklog import fs
+from ranklog.failpoint import failpoint
 
 SUFFIX = ".tries"
 _BEGIN = "begin oom_kills="
@@ -99,6 +100,7 @@ class Tries:
         """Note the begin of a try, and whatever signal crashes this process during it; raises OSError."""
         fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
+            failpoint("tries.create.after")
             attempt = Try(fd)
             os.write(fd, f"{_BEGIN}{oom_kills()}\n".encode())
             faulthandler.enable(fd)

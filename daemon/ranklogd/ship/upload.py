@@ -32,6 +32,8 @@ from ranklogd.ship.outbox import Outbox, folder_of, set_aside
 from ranklogd.statedir import StateDir
 
 _log = logging.getLogger("ranklogd.shipper")
+UNREAD_PATIENCE_S = 600.0
+"""A shard that the disk does not give back goes to quarantine after so long; there is no segment any more."""
 _CHUNK_SIZE = 1 << 20
 _LISTED_MAX = 200  # Names tried beside a taken one in the quarantine.
 
@@ -70,6 +72,7 @@ class Uploader:
         self._dice = dice
         self._holds: dict[str, _Hold] = {}
         self._hurry = False
+        self._unread_since_s: dict[str, float] = {}
 
     def step(self) -> float | None:
         """Upload one batch. Return seconds until the next call is of use: 0 now, None when nothing waits.
@@ -84,12 +87,13 @@ class Uploader:
         if not batch:
             return self._rest(now_s)
         failpoint("upload.before")
-        intact = [upload for upload in batch if self._is_intact(upload)]
+        unread: dict[str, StoreError | None] = {}
+        intact = [upload for upload in batch if self._is_intact(upload, unread)]
         results = self._send(intact)
         sent = [upload for upload in intact if results[upload.key] is None]
         failpoint("upload.verified.before_mark")
         self._mark(sent)
-        self._judge(intact, results)
+        self._judge([upload for upload in batch if upload.key in results | unread], results | unread)
         self.outbox.settle(batch)
         return 0.0
 
@@ -103,12 +107,13 @@ class Uploader:
         return max(0.0, min((hold.until_s - now_s for hold in list(self._holds.values())), default=0.0))
 
     def _choose(self, now_s: float) -> list[Upload]:
-        batch: list[Upload] = []
+        batch: dict[str, Upload] = {}
         for upload in self.outbox.pending(lambda folder: self._is_held(folder, now_s)):
-            batch.append(upload)
+            # A key may wait twice, where somebody put a segment back: a store takes one at a time.
+            batch.setdefault(upload.key, upload)
             if len(batch) == self._config.upload_batch_max:
                 break
-        return batch
+        return list(batch.values())
 
     def _is_held(self, folder: str, now_s: float) -> bool:
         hold = self._holds.get(folder)
@@ -128,8 +133,11 @@ class Uploader:
             return None
         return max(0.0, min(hold.until_s for hold in self._holds.values()) - now_s)
 
-    def _is_intact(self, upload: Upload) -> bool:
-        """Return whether the file is what its name says; else move it to the quarantine, or note that it is gone."""
+    def _is_intact(self, upload: Upload, unread: dict[str, StoreError | None]) -> bool:
+        """Return whether the file is what its name says; else move it to the quarantine, or note that it is gone.
+
+        What the disk does not give back is put into `unread`, to be tried again for as long as there is patience.
+        """
         key = parse_key(upload.key)
         try:
             if key is None:
@@ -137,11 +145,16 @@ class Uploader:
             elif not _sha256(upload.source).startswith(key.sha256):
                 reason = f"{upload.key}: the bytes on disk are not those that were named; they were not uploaded"
             else:
+                self._unread_since_s.pop(upload.key, None)
                 return True
         except FileNotFoundError:
             return False
         except OSError as exc:
             reason = f"{upload.key} cannot be read: {exc}"
+            if self._clock() - self._unread_since_s.setdefault(upload.key, self._clock()) < UNREAD_PATIENCE_S:
+                unread[upload.key] = StoreError(reason, permanent=False)
+                return False
+        self._unread_since_s.pop(upload.key, None)
         self._report(reason, "damaged")
         set_aside(upload.source, _free_name(self._state.quarantine / upload.source.name), reason)
         return False
@@ -194,6 +207,7 @@ class Uploader:
             self.last_upload_s = time.time()
         for directory in sorted(changed):
             fs.sync_dir(directory)
+        failpoint("mark.sync.after")
 
     def _judge(self, uploads: Iterable[Upload], results: dict[str, StoreError | None]) -> None:
         """Hold the folders that failed and set aside what will never be taken; nobody waits once the store is back."""

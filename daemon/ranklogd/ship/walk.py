@@ -5,20 +5,21 @@ within a gap record. Every lsn that damaged bytes held, up to the one in the seg
 a gap record of its writer, or, where not even the writer can be told, within a gap record of project `_lost`.
 
 Records of a writer without a WRITER entry are kept under `_lost`. What damage took from a writer also shows where
-its next batch begins behind the expected seq; this is looked at only after damage, for a healthy daemon records its
-own gaps, and a store that is new to a writer must not claim a loss.
+its next batch begins behind the expected seq, or, where none follows, by the seq with which the next segment's header
+goes on; this is looked at only after damage, for a healthy daemon records its own gaps, and a store that is new to a
+writer must not claim a loss.
 
 Portions come in lsn order and hold contiguous lsns; a cut may therefore end between any two of them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ranklog.errors import FormatError
 from ranklogd.ship.batch import Batch, batch_of, read_batch
 from ranklogd.ship.decode import INT64_MAX, Record, gap_record
-from ranklogd.ship.salvage import rebuild_batch, rebuild_source
 from ranklogd.ship.source import Source, damage_source, lost_source, read_source
+from ranklogd.wal.salvage import RebuiltWriter, salvage
 from ranklogd.wal.segment import WRITER, Damage, Entry, EntryType, SegmentHeader, scan
 
 PORTION_VALUES_MAX = 16_384
@@ -26,6 +27,9 @@ PORTION_VALUES_MAX = 16_384
 PORTION_SIZE_MAX = 1 << 20
 REASONS_MAX = 1_000
 """Lines of evidence kept for one segment; a hostile writer can make each of its frames one."""
+
+
+_DAMAGED = "damaged WAL segment"
 
 
 @dataclass(slots=True)
@@ -65,8 +69,23 @@ class Evidence:
 class Walk:
     """One pass over a segment; `portions` yields its records, `evidence` says afterwards what was wrong."""
 
-    def __init__(self, buffer: memoryview, header: SegmentHeader, last_lsn: int, values_max: int) -> None:
+    def __init__(
+        self,
+        buffer: memoryview,
+        header: SegmentHeader,
+        last_lsn: int,
+        values_max: int,
+        following: Mapping[bytes, int] | None = None,
+        *,
+        has_marks: bool = True,
+    ) -> None:
+        """`following` is the seq with which each writer goes on behind this segment, as far as that is known.
+
+        Without `has_marks` the header was damaged: with which seq its writers begin is then not known, either.
+        """
+        self._has_marks = has_marks
         self.evidence = Evidence()
+        self._following = following or {}
         self._buffer = buffer
         self._header = header
         self._last = last_lsn
@@ -98,6 +117,10 @@ class Walk:
         if self._next_lsn <= self._last:
             # The segment was sealed with these records in it: this is no torn tail, they were acknowledged.
             yield from self._salvage(damage.offset if damage else offset, end, self._last)
+        for source, first, last in self._untold():
+            # Its lsns were told to be lost already, so this row shares the segment's last one.
+            gap = gap_record(first, last, _DAMAGED, self._recv_us)
+            yield Portion(source, -INT64_MAX, self._last, self._recv_us, None, [gap], 1)
 
     def _entry(self, entry: Entry) -> Iterator[Portion]:
         self._recv_us = entry.recv_ns // 1000
@@ -105,7 +128,8 @@ class Walk:
             yield from self._batch(batch_of(entry))
             return
         writer, attempt = WRITER.unpack_from(entry.payload)
-        self._expected.setdefault(writer, 0)
+        if self._has_marks:
+            self._expected.setdefault(writer, 0)
         try:
             self._sources[writer] = read_source(writer, attempt, entry.payload[WRITER.size :], self._header.node)
             self._source_spans[writer] = (entry.offset, entry.end)
@@ -117,10 +141,10 @@ class Walk:
         self._next_lsn = max(self._next_lsn, batch.lsn + batch.total)
         source = self._sources.get(batch.writer) or self._find_source(batch)
         portion = self._portion(source, batch)
-        expected = self._expected.get(batch.writer, 0)
+        expected = self._expected.get(batch.writer, 0 if self._has_marks else batch.first)
         self._expected[batch.writer] = batch.first + batch.total
         if self.evidence.damaged_stretches and batch.first > expected:
-            portion.records.append(gap_record(expected, batch.first - 1, "damaged WAL segment", batch.recv_us))
+            portion.records.append(gap_record(expected, batch.first - 1, _DAMAGED, batch.recv_us))
             portion.values += 1
         reason = self._impossible(batch)
         if reason:
@@ -177,26 +201,41 @@ class Walk:
         missing = max(last_lsn - self._next_lsn + 1, 0)
         reason = f"damaged bytes {offset}..{end}"
         self.evidence.note(writer="?", seq=0, lsn=self._next_lsn, count=missing, reason=reason)
-        while offset < end:
-            found = rebuild_source(self._buffer, offset, end, self._header.node)
-            if found is not None:
-                source, offset = found
-                self._sources[bytes.fromhex(source.writer)] = source
-                self._expected.setdefault(bytes.fromhex(source.writer), 0)
+        room = last_lsn - self._next_lsn + 1
+        for item in salvage(self._buffer, offset, end, room=room, expected=self._expected):
+            if isinstance(item, RebuiltWriter):
+                self._rebuilt(item)
                 continue
-            batch = rebuild_batch(
-                self._buffer, offset, end, lsn=self._next_lsn, room=last_lsn - self._next_lsn + 1,
-                recv_us=self._recv_us, expected=self._expected,
-            )  # fmt: skip
-            if batch is None:
-                break
-            offset = batch.end
-            yield from self._batch(batch)
+            where = (item.offset, item.end, self._next_lsn, self._recv_us)
+            yield from self._batch(Batch(*where, None, item.writer, item.first, item.total, item.frames))
         first_lsn = self._next_lsn
         if first_lsn > last_lsn:
             return
         self._next_lsn = last_lsn + 1
         self.evidence.records += last_lsn - first_lsn + 1
-        source = damage_source(self._header.store_id, self._header.node)
-        gap = gap_record(first_lsn, last_lsn, "damaged WAL segment: these lsns cannot be read", self._recv_us)
-        yield Portion(source, 0, first_lsn, self._recv_us, None, [gap], 1)
+        losses = self._untold() if last_lsn == self._last else []
+        if sum(last - first + 1 for _, first, last in losses) != last_lsn - first_lsn + 1:
+            losses = [(damage_source(self._header.store_id, self._header.node), first_lsn, last_lsn)]
+        for source, first, last in losses:
+            self._expected[bytes.fromhex(source.writer)] = last + 1
+            gap = gap_record(first, last, _DAMAGED, self._recv_us)
+            yield Portion(source, first_lsn - first, first_lsn, self._recv_us, None, [gap], 1)
+            first_lsn += last - first + 1
+
+    def _rebuilt(self, item: RebuiltWriter) -> None:
+        if self._has_marks:
+            self._expected.setdefault(item.writer, 0)
+        try:
+            self._sources[item.writer] = read_source(item.writer, item.attempt, item.frames, self._header.node)
+        except FormatError as exc:
+            self.evidence.note(writer=item.writer.hex(), seq=0, lsn=self._next_lsn, count=0, reason=str(exc))
+
+    def _untold(self) -> list[tuple[Source, int, int]]:
+        """Return (writer, first seq, last seq) of what damage took from writers that did not go on in this segment."""
+        if not self.evidence.damaged_stretches:
+            return []
+        return [
+            (self._sources.get(writer) or lost_source(writer, self._header.node), self._expected[writer], due - 1)
+            for writer, due in self._following.items()
+            if due > self._expected.get(writer, due)
+        ]

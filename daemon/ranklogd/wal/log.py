@@ -32,6 +32,7 @@ from ranklogd.wal.segment import EntryType, SegmentHeader, WriterMark
 
 log = logging.getLogger("ranklogd")
 
+COPY_SIZE = 1 << 20
 IOV_MAX = 512  # Buffers of one writev; Linux allows 1024.
 
 
@@ -112,6 +113,7 @@ class Wal:
         if not self._pending:
             return
         try:
+            self._require_name()
             end, introduced = self._write(self._pending)
         except OSError as exc:
             if exc.errno not in fs.NO_SPACE:
@@ -172,9 +174,11 @@ class Wal:
         with contextlib.suppress(OSError):
             # The kernel calls these pages clean now. Should all else fail, no recovery must find them and believe it.
             os.ftruncate(old, self._offset)
+        failpoint("poison.truncate.after")
         self._open(durable + 1)
         end, introduced = self._write(pending)
         fs.sync_data(self._fd)
+        failpoint("poison.rewrite.after")
         self._offset, self._introduced = end, introduced
         self._synced_count = self.next_lsn - self._first_lsn
         os.close(old)
@@ -188,12 +192,35 @@ class Wal:
         assert not self._pending, "roll between commits only"
         if not self._synced_count:
             return False
+        self._require_name()
         failpoint("seg.sync.after")
         old, first, last = self._fd, self._first_lsn, self.durable_lsn
         self._open(last + 1)
         os.close(old)
         self._retire(first, last)
         return True
+
+    def _require_name(self) -> None:
+        """Write the open segment again if somebody removed its name: what has none dies with this process."""
+        if os.fstat(self._fd).st_nlink:
+            return
+        path = self._directory / segment.open_name(self._first_lsn)
+        log.error("segment_removed name=%s: somebody removed it; written again", path.name)
+        fs.make_dir(self._directory)
+        hidden = self._directory / f".{path.name}"
+        fd = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            for offset in range(0, self._offset, COPY_SIZE):
+                fs.write_all(fd, os.pread(self._fd, min(COPY_SIZE, self._offset - offset), offset), offset)
+            fs.sync_data(fd)
+            fs.rename(hidden, path)
+        except OSError:
+            os.close(fd)
+            raise
+        fs.sync_dir(self._directory)
+        fs.sync_dir(self._directory.parent)
+        os.close(self._fd)
+        self._fd = fd
 
     def _retire(self, first: int, last: int) -> None:
         old = self._directory / segment.open_name(first)

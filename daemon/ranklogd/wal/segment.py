@@ -41,10 +41,14 @@ _ENTRY_TAIL = struct.Struct("<IQQIII")
 WRITER = struct.Struct("<16sI")
 BATCH = struct.Struct("<16sQI")
 UID_UNKNOWN = 0xFFFFFFFF
-_UPGRADE = "upgrade ranklog"
+_FIND_SIZE = 256 << 10
 
 _OPEN = re.compile(r"([0-9a-f]{16})\.open")
 _SEALED = re.compile(r"([0-9a-f]{16})-([0-9a-f]{16})\.wal")
+
+
+class LaterFormat(FormatError):
+    """A later version wrote this: the bytes are sound, and nothing may be done with them but wait for an upgrade."""
 
 
 class EntryType(IntEnum):
@@ -139,24 +143,29 @@ def encode_header(header: SegmentHeader) -> bytes:
     return MAGIC + zlib.crc32(sized).to_bytes(4, "little") + sized
 
 
+def header_size(head: bytes) -> int:
+    """Return the size of the header that begins with these bytes, as it says itself; 0 if they are too few to say."""
+    start = len(MAGIC) + _HEADER.size
+    return start + int(_HEADER.unpack_from(head, len(MAGIC))[1]) if len(head) >= start else 0
+
+
 def decode_header(buffer: memoryview) -> tuple[SegmentHeader, int]:
     """Return (header, offset of the first entry); raises FormatError saying what is wrong."""
     start = len(MAGIC) + _HEADER.size
-    if bytes(buffer[: len(MAGIC)]) != MAGIC:
-        if len(buffer) >= len(MAGIC) and bytes(buffer[:7]) == MAGIC[:7]:
-            found = bytes(buffer[: len(MAGIC)])
-            raise FormatError(f"segment of a later format {found!r}; this version reads {MAGIC!r}: {_UPGRADE}")
+    crc, size = _HEADER.unpack_from(buffer, len(MAGIC)) if len(buffer) >= start else (0, 0)
+    # A header that checks is ours even if the magic does not: one flipped bit there must not stop a daemon.
+    if not size or start + size > len(buffer) or zlib.crc32(buffer[start - 4 : start + size]) != crc:
+        found = bytes(buffer[: len(MAGIC)])
+        if found == MAGIC:
+            raise FormatError(f"segment header is {'cut short' if len(buffer) < start else 'damaged'}")
+        if found[:7] == MAGIC[:7] and found[7:].isdigit():  # Zeros behind it are a power cut's.
+            raise LaterFormat(f"segment of a later format {found!r}; this version reads {MAGIC!r}: upgrade ranklog")
         raise FormatError("not a WAL segment: bad magic")
-    if len(buffer) < start:
-        raise FormatError("segment header is cut short")
-    crc, size = _HEADER.unpack_from(buffer, len(MAGIC))
-    if start + size > len(buffer) or zlib.crc32(buffer[start - 4 : start + size]) != crc:
-        raise FormatError("segment header is damaged")
     try:
         meta: dict[str, Any] = msgpack.unpackb(buffer[start : start + size])
         version, first_lsn, salt = (operator.index(meta[name]) for name in ("version", "first_lsn", "salt"))
         if version > VERSION:
-            raise FormatError(f"segment has format version {version}; this version reads {VERSION}: {_UPGRADE}")
+            raise LaterFormat(f"segment has format version {version}; this version reads {VERSION}: upgrade ranklog")
         marks = tuple(WriterMark(*row[: len(WriterMark._fields)]) for row in meta["writers"])
         header = SegmentHeader(meta["node"], meta["store_id"], Lsn(first_lsn), meta["boot"], salt, marks)
     except (ValueError, TypeError, KeyError, msgpack.exceptions.UnpackException) as exc:
@@ -176,6 +185,15 @@ def encode_entry(
 
 
 ENTRY_OVERHEAD = _ENTRY.size
+
+
+def entry_head(buffer: memoryview, salt: int, offset: int) -> tuple[int, int] | None:
+    """Return (end, uid) by the header of the entry at `offset`, None where no whole, undamaged header stands there."""
+    start = offset + _ENTRY.size
+    if start > len(buffer):
+        return None
+    found, header_crc, size, _, _, uid, _, _ = _ENTRY.unpack_from(buffer, offset)
+    return (start + size, uid) if found == salt and zlib.crc32(buffer[offset + 8 : start]) == header_crc else None
 
 
 def entry_at(buffer: memoryview, salt: int, offset: int) -> Entry | None:
@@ -198,24 +216,32 @@ def scan(buffer: memoryview, salt: int, offset: int, first_lsn: int) -> Iterator
     """Yield entries in order, and a Damage for each stretch of bytes between valid ones; a torn tail ends it."""
     lsn = first_lsn
     needle = salt.to_bytes(4, "little")
-    whole: bytes | None = None
     while offset < len(buffer):
         entry = entry_at(buffer, salt, offset)
         if entry is not None and entry.lsn >= lsn:
             yield entry
             offset, lsn = entry.end, entry.lsn + (batch_count(entry) if entry.type == EntryType.BATCH else 0)
             continue
-        whole = whole if whole is not None else bytes(buffer)
-        found = whole.find(needle, offset + 1)
+        found = _find(buffer, needle, offset + 1)
         while found >= 0:
             later = entry_at(buffer, salt, found)
             if later is not None and later.lsn >= lsn:
                 break
-            found = whole.find(needle, found + 1)
+            found = _find(buffer, needle, found + 1)
         if found < 0:
             return
         yield Damage(offset, found)
         offset = found
+
+
+def _find(buffer: memoryview, needle: bytes, start: int) -> int:
+    """Return where `needle` stands from `start` on, or -1. Piece by piece: a copy of a whole segment is too large."""
+    while start < len(buffer):
+        found = bytes(buffer[start : start + _FIND_SIZE + len(needle) - 1]).find(needle)
+        if found >= 0:
+            return start + found
+        start += _FIND_SIZE
+    return -1
 
 
 def batch_count(entry: Entry) -> int:
