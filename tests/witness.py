@@ -54,7 +54,7 @@ def read_ledgers(directory: Path) -> dict[str, Account]:
     """Return what every trainer proved, by name."""
     accounts = {}
     for path in directory.glob("*.ledger"):
-        returned, durable, slowest_ns, raised = _LEDGER.unpack(path.read_bytes())
+        returned, durable, slowest_ns, raised = _LEDGER.unpack(path.read_bytes() or bytes(_LEDGER.size))
         accounts[path.stem] = Account(returned, durable, slowest_ns / 1e9, raised)
     return accounts
 

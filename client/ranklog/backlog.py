@@ -133,7 +133,7 @@ class Backlog:
         return released
 
     def _release(self, chunk: Chunk) -> None:
-        if self._on_disk(chunk):
+        if self._in_spool(chunk):
             self._spool.release(chunk)
             return
         chunk.file.chunks -= 1
@@ -141,11 +141,16 @@ class Backlog:
             self._journal.recycle(chunk.file)
 
     @staticmethod
-    def _on_disk(chunk: Chunk) -> bool:
+    def _in_spool(chunk: Chunk) -> bool:
         return chunk.file.path is not None and chunk.file.path.suffix == ".spool"
 
+    def _on_disk(self, chunk: Chunk) -> bool:
+        return self._in_spool(chunk) and (not chunk.file.poisoned or chunk.next_seq <= self._spooled)
+
     def spill(self) -> None:
-        """Move every chunk that is still in the journal to the spool, and make that durable; raises OSError.
+        """Move every chunk that is not on disk to the spool, and make that durable; raises OSError.
+
+        What `relieve` put into a file whose fsync failed is moved once more.
 
         At ENOSPC what was moved before stays moved. After any other error nothing was: a journal chunk is released
         only once its copy is durable, and a file that failed once is not trusted with more.
@@ -182,7 +187,7 @@ class Backlog:
         next `spill` makes them durable.
         """
         for index, chunk in enumerate(self._chain):
-            if not self._on_disk(chunk):
+            if not self._in_spool(chunk):
                 self._chain[index] = self._spool.take(chunk)
                 self._release(chunk)
 

@@ -46,8 +46,13 @@ def ping(settings: Settings, timeout_s: float = CONNECT_TIMEOUT_S) -> Pong:
 
 def status(settings: Settings, timeout_s: float = CONNECT_TIMEOUT_S) -> dict[str, Any]:
     """Return the daemon's status snapshot; raises NoDaemon."""
-    _, _, body = _ask(settings, Type.REPORT, wire.encode(Type.STATUS, 1), timeout_s)
-    snapshot: dict[str, Any] = json.loads(body)
+    socket, _, body = _ask(settings, Type.REPORT, wire.encode(Type.STATUS, 1), timeout_s)
+    try:
+        snapshot = json.loads(body)
+    except ValueError:
+        snapshot = None
+    if not isinstance(snapshot, dict):
+        raise NoDaemon(f"what answers on {socket} gives no status: it is no ranklogd, or one of another version")
     return snapshot
 
 

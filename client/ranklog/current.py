@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ranklog import places
+from ranklog import places, wire
 from ranklog.config import Settings
 from ranklog.errors import RanklogError, UsageError
 from ranklog.identity import Identity, identify, pid_namespace, process_start, this_machine
@@ -120,6 +120,7 @@ def _start(
     machine = this_machine()
     return Start(
         writer=os.urandom(16).hex(),
+        protocol=wire.VERSION_MIN,
         project=identity.project,
         run=identity.run,
         name=identity.name,
@@ -155,8 +156,8 @@ def _fit(what: str, text: str | None, size_max: int = NAME_SIZE_MAX) -> str:
 
 def _open_writer(start: Start, settings: Settings, mode: str, directory: str | Path | None) -> Writer | None:
     own = [Path(directory).absolute()] if directory else []
-    journal_dirs = places.usable_dirs(places.journal_dirs(settings), "the journal", settings, warn)
-    spool_dirs = places.usable_dirs([*own, *places.spool_dirs(settings)], "the spool", settings, warn)
+    journal_dirs = places.usable_dirs(places.journal_dirs(settings), "journal", settings, warn)
+    spool_dirs = places.usable_dirs([*own, *places.spool_dirs(settings)], "spool", settings, warn)
     found = None if mode == "offline" else lambda: places.find_socket(settings)
     try:
         return Writer(start, settings, Places(journal_dirs, spool_dirs, found), warn)

@@ -13,17 +13,22 @@ import time
 
 FAILPOINTS = frozenset({
     # client
-    "journal.write.before", "journal.write.after", "journal.rotate.after", "journal.create.after",
-    "spool.write.after", "spool.sync.after", "finish.end.after",
+    "journal.write.before", "journal.write.after", "journal.rotate.mid", "journal.create.after",
+    "journal.gap.after", "journal.recycle.after",
+    "spool.create.after", "spool.write.after", "spool.sync.after", "finish.end.after", "finish.remove.mid",
     # ingest
     "recv.after", "wal.append.before", "wal.append.after", "wal.sync.before", "wal.sync.after",
     "ack.before", "ack.after",
     "seg.sync.after", "seg.create.after", "seg.header.after", "seg.seal.after", "seg.dirsync.after",
-    "adopt.copy.after", "adopt.sync.after", "adopt.unlink.after", "shutdown.seal.after",
+    "poison.truncate.after", "poison.rewrite.after",
+    "recover.cut.after", "recover.seal.mid", "recover.quarantine.mid", "reserve.unlink.after", "reserve.create.mid",
+    "adopt.copy.after", "adopt.sync.after", "adopt.quarantine.mid", "adopt.unlink.mid", "adopt.unlink.after",
+    "shutdown.seal.after",
     # shipper
-    "shard.write.mid", "shard.sync.after", "outbox.rename.after", "outbox.dirsync.after",
-    "trim.unlink.after", "upload.before", "store.put.mid", "upload.sent.before_reply",
-    "upload.verified.before_mark", "mark.rename.after", "retain.delete.mid",
+    "tries.create.after", "shard.write.mid", "shard.sync.after", "evidence.publish.after",
+    "outbox.rename.after", "outbox.dirsync.after", "evidence.move.after", "trim.unlink.after", "trim.dirsync.after",
+    "upload.before", "store.put.mid", "store.sync.after", "store.publish.after", "upload.sent.before_reply",
+    "upload.verified.before_mark", "mark.rename.after", "mark.sync.after", "aside.reason.after", "retain.delete.mid",
 })  # fmt: skip
 
 DELAY_S = 0.5  # Long enough that another actor overtakes, short enough for a sweep over all points.

@@ -3,8 +3,9 @@
     <writer>.<number:08x>.journal|spool        start frame | frame | frame | … | zeros or stale bytes
 
 The name means "adopt me": whoever finds it takes the frames over if the owner is dead. The owner holds an flock on
-each of its files for as long as it lives. A file is created under a dot name, locked, its start frame written, its
-mode set whatever the umask says, and only then renamed into view: nobody can see one that is unlocked or empty.
+each of its files for as long as it lives. A file is created under a dot name, locked, its start frame written (and
+synced, for a spool), its mode set whatever the umask says, and only then renamed into view: nobody can see one that is
+unlocked or empty.
 """
 
 import contextlib
@@ -58,6 +59,8 @@ class FrameFile:
     """Unacknowledged chunks that lie in this file."""
     sealed: bool = False
     """No more frames will be written: with no chunks left, the file can go."""
+    poisoned: bool = False
+    """An fsync of it failed: what it holds may be gone after a power cut."""
     before: "tuple[FrameFile, int, int] | None" = field(default=None, repr=False)
     """The journal's position when it went on in this file, until the sender has seen it."""
     closed: bool = field(default=False, repr=False)
@@ -89,6 +92,8 @@ def create(directory: Path, name: FileName, start_frame: bytes, size: int) -> Fr
             fs.preallocate(fd, max(size, len(start_frame)))
         fs.write_all(fd, start_frame, 0)
         os.fchmod(fd, MODE)
+        if not size:  # On disk: after a power cut a name without a start frame would be a riddle to everybody for ever.
+            fs.sync_data(fd)
         failpoint("journal.create.after")
         fs.rename(hidden, path)
         done = True

@@ -5,6 +5,7 @@ names, and the name itself lives in the directory. An fsync that failed is never
 kernel forgets the error together with the dirty pages, so a second call would lie (errors here propagate).
 """
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -40,6 +41,10 @@ def sync_dir(path: Path) -> None:
 def rename(source: Path, target: Path) -> None:
     """Rename within one filesystem; not durable before the caller syncs the directory."""
     os.rename(source, target)
+    # A power cut between two directories may leave one file under both names, and then rename(2) does nothing.
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.lstat(source), os.lstat(target)):
+            os.unlink(source)
 
 
 def publish(temporary: Path, target: Path) -> None:

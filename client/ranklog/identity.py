@@ -245,6 +245,14 @@ def pid_namespace(pid: int | None = None) -> int | None:
         return None
 
 
+def time_namespace(pid: int | None = None) -> int | None:
+    """Return the inode of a process's time namespace (default: our own), or None where it cannot be seen."""
+    try:
+        return os.stat(f"/proc/{pid or 'self'}/ns/time").st_ino
+    except OSError:
+        return None
+
+
 def process_start(pid: int) -> int | None:
     """Return when a process started, in clock ticks since boot (field 22 of its stat), or None if there is none."""
     fields = _stat(pid)

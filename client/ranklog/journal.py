@@ -118,16 +118,16 @@ class Journal:
         end = offset + len(frame)
         if end > file.size - GAP_SIZE_MAX or len(frame) > FRAME_SIZE_MAX:
             return self._append_slow(kind, step, payload, len(frame))
-        if ARMED:
-            failpoint("journal.write.before")
         try:
+            if ARMED:
+                failpoint("journal.write.before")
             written = os.pwrite(file.fd, frame, offset)
+            if ARMED:
+                failpoint("journal.write.after")
         except OSError:
             written = 0
         if written != len(frame):
             return self._refuse("io")
-        if ARMED:
-            failpoint("journal.write.after")
         self._position = (file, end, seq + 1)
         if end >= file.wake_at:
             file.wake_at = end + WAKE_SIZE
@@ -160,6 +160,7 @@ class Journal:
         self.refused += 1
         with contextlib.suppress(OSError):  # The seq is used up all the same: whoever reads on sees that it is missing.
             fs.write_all(file.fd, encode_gap(seq, last, reason, time.time_ns()), offset)
+            failpoint("journal.gap.after")
         self._gap_last, self._gap_reason = last, reason
         return False
 
@@ -186,12 +187,12 @@ class Journal:
             return False
         try:
             self.close_gap()
+            failpoint("journal.rotate.mid")
         except OSError:
             self._spares.append(fresh)
             return False
         fresh.before = self._position
         self._position = (fresh, fresh.head_end, fresh.before[2])
-        failpoint("journal.rotate.after")
         self._wake()
         return True
 
@@ -254,6 +255,7 @@ class Journal:
             return
         try:
             fs.write_all(file.fd, bytes(HEADER.size), file.head_end)  # Reads as empty from here on.
+            failpoint("journal.recycle.after")
         except OSError:
             self._give_up(file)
             return

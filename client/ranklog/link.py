@@ -69,6 +69,8 @@ class Link:
         self._told = ""
         self._transport: Transport | None = None
         self._path: Path | None = None
+        self._up = False
+        """Somebody is at the other end."""
         self._last_ack_s = self._looked_s = time.monotonic()
 
     @property
@@ -88,7 +90,7 @@ class Link:
             if path == self._path:
                 return
             self._transport.close()
-            self._transport = None
+            self._transport, self._up = None, False
         try:
             self._transport, self._path = Transport(path, wake_fd), path
         except (OSError, ProtocolError) as exc:
@@ -112,6 +114,8 @@ class Link:
         elif self.state == State.CONNECTING and now_s - self._looked_s >= LOOK_INTERVAL_S:
             self._looked_s = now_s
             self.connect(wake_fd)
+            if self._up:
+                self._hello()  # Who is there has not answered: the HELLO or the WELCOME was dropped on the way.
 
     def close(self) -> None:
         """Close the connection; nothing is sent any more."""
@@ -122,8 +126,10 @@ class Link:
         from ranklog.transport import Down, Up
 
         if isinstance(event, Up):
+            self._up = True
             self._hello()
         elif isinstance(event, Down):
+            self._up = False
             self._detach(State.CONNECTING)
         else:
             self._on_message(*event)

@@ -25,7 +25,7 @@ from ranklog.mounts import filesystem_type, is_network_filesystem, read_mountinf
 
 __all__ = [
     "adoption_dirs", "ensure_private_dir", "filesystem_type", "find_socket", "is_network_filesystem", "journal_dirs",
-    "prepare_dir", "require_local", "socket_candidates", "spool_dirs", "usable_dirs",
+    "prepare_dir", "require_local", "socket_candidates", "spool_dirs", "usable_dirs", "why_unusable",
 ]  # fmt: skip
 
 SHM = Path("/dev/shm")  # noqa: S108  Checked for owners, see above.
@@ -173,13 +173,29 @@ def prepare_dir(path: Path, what: str, settings: Settings) -> None:
     `what` (`journal`, `spool`) is for the text. A directory that the user or an administrator made may belong to
     somebody else, such as a volume that two containers share; all others must be private.
     """
+    require_local(path, allow=settings.allow_network_fs)
     if path in (settings.journal_dir, settings.spool_dir):
-        require_local(path, what, allow=settings.allow_network_fs)
         fs.make_dir(path)
     elif path != SYSTEM_SPOOL:
         ensure_private_dir(path)
     if not os.access(path, os.W_OK | os.X_OK):
         raise PermissionError(f"the {what} directory {path} is not writable for user {settings.uid}")
+
+
+def why_unusable(path: Path, settings: Settings) -> str:
+    """Return why `prepare_dir` would refuse this directory, "" if it would not. Creates and changes nothing."""
+    try:
+        require_local(path, allow=settings.allow_network_fs)
+        if path not in (settings.journal_dir, settings.spool_dir, SYSTEM_SPOOL):
+            _refuse_trap(path, settings.uid)
+            if path.exists() and path.lstat().st_uid != settings.uid:
+                return f"{path} belongs to user {path.lstat().st_uid}, not to {settings.uid}"
+        there = next(part for part in (path, *path.parents) if part.exists())
+    except (UsageError, OSError) as exc:
+        return str(exc)
+    if not there.is_dir():
+        return f"{there} is not a directory"
+    return "" if os.access(there, os.W_OK | os.X_OK) else f"{there} is not writable for user {settings.uid}"
 
 
 def usable_dirs(dirs: Iterable[Path], what: str, settings: Settings, warn: Callable[[str], None]) -> list[Path]:

@@ -2,7 +2,8 @@
 
 `value` holds floats, bools and ints up to 2^53; everything else is in `text` as JSON, exact. NaN and infinities are
 doubles. Every record has at least one row (key '' when it has no keys). Plain strings, no nested types, no Arrow
-metadata in the file: this is what every parquet reader agrees on. File metadata, under `ranklog.`:
+metadata in the file: this is what every parquet reader agrees on. Columns may be appended; a format whose rows mean
+something else lies under another root than `v1/`, so that old readers never meet it. File metadata, under `ranklog.`:
 
     ranklog.format    "1"
     ranklog.segment   JSON [first_lsn, last_lsn] of the rows

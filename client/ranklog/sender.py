@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ranklog.backlog import Backlog
+from ranklog.failpoint import failpoint
 from ranklog.journal import Journal
 from ranklog.lifecycle import lifecycle
 from ranklog.link import Link, State
@@ -200,4 +201,5 @@ class Sender:
                 file.close()
             else:
                 file.remove()
+            failpoint("finish.remove.mid")
         self._link.close()

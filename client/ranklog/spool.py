@@ -5,6 +5,7 @@ The sender thread alone moves chunks here, byte for byte, and makes them durable
 `take` raises ENOSPC, the chunk stays in the journal, and when that is full the newest records are refused.
 """
 
+import contextlib
 import errno
 import os
 from pathlib import Path
@@ -79,7 +80,12 @@ class Spool:
         there = file.head_end if chunk.first_seq == 0 and file.size == file.head_end else 0
         data = os.pread(chunk.file.fd, size - there, chunk.offset + there)
         offset = file.size - there
-        fs.write_all(file.fd, data, file.size)
+        try:
+            fs.write_all(file.fd, data, file.size)
+        except OSError:
+            with contextlib.suppress(OSError):  # Half a frame would look like damage to whoever adopts this file.
+                os.ftruncate(file.fd, file.size)
+            raise
         failpoint("spool.write.after")
         file.size += len(data)
         file.chunks += 1
@@ -106,6 +112,7 @@ class Spool:
         try:
             fs.sync_data(self._file.fd)
         except OSError as exc:
+            self._file.poisoned = True
             self.seal()
             raise OSError(errno.EIO, f"fsync of the spool failed: {exc}") from exc
         self._unsynced = False
@@ -156,6 +163,7 @@ class Spool:
         self._number += 1
         file = framefile.create(directory, name, self._start_frame, 0)
         try:
+            failpoint("spool.create.after")
             fs.sync_dir(directory)
         except OSError:
             file.remove()

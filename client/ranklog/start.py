@@ -63,6 +63,8 @@ class Start:
     """Version of the client."""
     wall_ns: int = 0
     """When the writer started, nanoseconds since the epoch."""
+    protocol: int = 1
+    """The oldest version of the protocol that can read this writer's frames. An older daemon leaves its files alone."""
 
 
 _WRITER = re.compile(r"[0-9a-f]{32}")

@@ -52,7 +52,7 @@ class Writer:
         self.start = start
         self._lock = threading.RLock()
         self._busy = False
-        self._closed = self._draining = False
+        self._closed = False
         self._handed: deque[_Record] = deque()
         self._step = -1
         frame = encode_start(start)
@@ -92,6 +92,8 @@ class Writer:
         with self._lock:
             if self._busy:
                 return self._hand(_Record(kind, payload, step, counted))
+            if self._handed:  # This call came just before the one that it interrupted could write them.
+                self._write_handed()
             try:
                 self._busy = True
                 if counted:
@@ -103,7 +105,7 @@ class Writer:
                     accepted = self._journal.append(kind, step, payload)
             finally:
                 self._busy = False
-                if self._handed and not self._draining:
+                if self._handed:
                     self._write_handed()
             return accepted
 
@@ -116,16 +118,21 @@ class Writer:
         return True
 
     def _write_handed(self) -> None:
-        self._draining = True
-        try:
-            while self._handed:
-                record = self._handed.popleft()
-                if record.kind == Kind.END:
-                    self._write_end(record.payload)
-                else:
-                    self.write(*record)
-        finally:
-            self._draining = False
+        """Write what was handed over, in order: whoever interrupts this hands over as well."""
+        while self._handed:  # Again, for one may come when the last was written, and before it is nobody's turn.
+            try:
+                self._busy = True
+                while self._handed:
+                    kind, payload, step, counted = self._handed.popleft()
+                    if kind == Kind.END:
+                        self._write_end(payload)
+                        self._handed.clear()
+                    else:
+                        step = self._step + 1 if counted and step is None else step
+                        self._journal.append(kind, step, payload)
+                        self._step = step if counted and step is not None else self._step
+            finally:
+                self._busy = self._closed
 
     @property
     def written(self) -> int:
@@ -164,12 +171,17 @@ class Writer:
         with self._lock:
             if self._busy:
                 self._hand(_Record(Kind.END, payload, None, counted=False))
-            else:
+                return
+            self._write_handed()
+            try:
+                self._busy = True
                 self._write_end(payload)
+            finally:
+                self._busy = self._closed
 
     def _write_end(self, payload: dict[str, Any]) -> None:
         self._sender.expect_end(self._journal.next_seq)
-        self.write(Kind.END, {**payload, "last": self._journal.next_seq})
+        self._journal.append(Kind.END, None, {**payload, "last": self._journal.next_seq})
         self._seal()
 
     def _seal(self) -> None:

@@ -2,6 +2,8 @@
 
 Exit codes: 0 stopped as asked · 1 the WAL or a directory cannot be used (a restart may help) · 2 usage ·
 75 another daemon owns the state directory · 78 bad configuration (a restart cannot help).
+
+Signals: SIGTERM, SIGINT drain, a second one exits at once · SIGHUP changes nothing: the configuration is read at start.
 """
 
 import argparse
@@ -58,8 +60,13 @@ def serve(config: Config, lock_wait_s: float) -> int:
         (hurry if stop.is_set() else stop).count += 1
         asked.set()
 
+    def on_hangup(_number: int, _frame: object) -> None:
+        # A closed terminal, or a hope for new settings: neither is a reason to die, and to leave a trainer alone.
+        log.warning("hangup ignored: the configuration is read at start only, restart ranklogd to change it")
+
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
+    signal.signal(signal.SIGHUP, on_hangup)
     notify = Notifier(notify_socket())
     try:
         state = prepare(config)

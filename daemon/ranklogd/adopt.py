@@ -3,10 +3,11 @@
     found ─▶ owner dead? ─▶ locked, rechecked ─▶ replayed into the WAL, piece by piece ─▶ durable ─▶ unlinked
 
 Files of one writer are replayed in seq order from the first seq that the WAL does not have, so what lies in both
-journal and spool, or was acknowledged already, is taken once. A file goes only after the commit that holds its last
-record; without room, files stay and a later scan goes on. A spool file whose frames end before the file does may hold
-more than could be read: it goes to quarantine/. Hostile files (links, FIFOs, foreign content; see `orphan`) are left
-alone and reported once; their neighbours are adopted.
+journal and spool, or was acknowledged already, is taken once. What is missing between two files becomes a gap, but
+not while a file or a directory cannot be read: it may lie there, and later files wait for it. A file goes only after
+the commit that holds its last record; without room, files stay and a later scan goes on. A spool file whose frames end
+before the file does may hold more than could be read: it goes to quarantine/. Hostile files (links, FIFOs, foreign
+content; see `orphan`) are left alone and reported once; their neighbours are adopted.
 
 One piece at a time, driven by the server loop: a backlog of gigabytes neither delays an ack nor fills the memory.
 """
@@ -24,7 +25,7 @@ from ranklog.failpoint import failpoint
 from ranklog.framefile import parse_name
 from ranklog.start import Start
 from ranklogd.ingest import Ingest
-from ranklogd.orphan import Orphan, Refused, behind, keep_evidence, open_orphan, pieces, remove_unborn
+from ranklogd.orphan import Orphan, Refused, Unreadable, behind, keep_evidence, open_orphan, pieces, remove_unborn
 from ranklogd.sequence import GAP_MAX, WriterState
 
 log = logging.getLogger("ranklogd")
@@ -56,22 +57,24 @@ class Adopter:
         self._queue: list[tuple[str, list[Path]]] = []
         self._current: Iterator[None] | None = None
         self._include_offline = False
-        self._spent: dict[str, int] = {}
-        """Path -> inode of files that are safe in the WAL and cannot be removed."""
+        self._complete = True
+        """Every directory could be listed."""
+        self._spent: dict[str, tuple[int, int]] = {}
+        """Path -> inode and end of the frames of files that are safe in the WAL and could not be removed."""
 
     def scan(self, *, include_offline: bool = False) -> None:
         """Look for files again. With `include_offline`, this scan also takes writers in offline mode."""
         self._include_offline = self._include_offline or include_offline
         self.directories = self._find()
         found: dict[str, list[Path]] = defaultdict(list)
-        complete = True
+        self._complete = True
         for directory in self.directories:
             try:
                 entries = sorted(os.listdir(directory))
             except (FileNotFoundError, NotADirectoryError, PermissionError):
                 continue  # Not there yet, or not ours to read: nothing to adopt.
             except OSError:
-                complete = False
+                self._complete = False
                 continue
             for entry in entries:
                 name = parse_name(entry)
@@ -81,12 +84,12 @@ class Adopter:
                     with contextlib.suppress(OSError):
                         remove_unborn(directory / entry, time.time())
         held = {bytes.fromhex(writer) for writer in found}
-        self.held = held if complete else held | self.held
+        self.held = held if self._complete else held | self.held
         self.waiting_offline &= set(found)
         self.stuck &= set(found)
         paths = {str(path) for group in found.values() for path in group}
         self.refused = {path: why for path, why in self.refused.items() if path in paths}
-        self._spent = {path: inode for path, inode in self._spent.items() if path in paths}
+        self._spent = {path: known for path, known in self._spent.items() if path in paths}
         self._queue = sorted(found.items(), key=lambda item: _written_ns(item[1]))
 
     @property
@@ -111,12 +114,14 @@ class Adopter:
         known = self._ingest.writers.get(bytes.fromhex(writer))
         uid = None if known is None else known.uid
         orphans: list[Orphan] = []
+        whole = self._complete
         try:
             for path in paths:
                 try:
                     orphan = open_orphan(path, writer)
                 except Refused as exc:
                     self._refuse(path, str(exc))
+                    whole = whole and not isinstance(exc, Unreadable)
                     continue
                 if orphan is None:
                     continue
@@ -124,7 +129,7 @@ class Adopter:
                 uid = orphan.uid if uid is None else uid
                 if orphan.uid == uid and orphan.alive:
                     return
-            yield from self._replay([orphan for orphan in orphans if self._is_due(orphan, uid)])
+            yield from self._replay([orphan for orphan in orphans if self._is_due(orphan, uid)], whole=whole)
         finally:
             for orphan in orphans:
                 os.close(orphan.fd)
@@ -133,7 +138,11 @@ class Adopter:
         if orphan.uid != uid:
             self._refuse(orphan.path, f"it belongs to user {orphan.uid}, its writer to user {uid}")
             return False
-        return self._spent.get(str(orphan.path)) != os.fstat(orphan.fd).st_ino
+        inode, end = self._spent.get(str(orphan.path), (0, 0))
+        if inode != os.fstat(orphan.fd).st_ino:
+            return True
+        self._let_go([(orphan, end)])  # Perhaps it can be removed by now.
+        return False
 
     def _wanted(self, start: Start) -> bool:
         if start.mode == "offline" and not self._include_offline:
@@ -142,10 +151,11 @@ class Adopter:
         self.waiting_offline.discard(start.writer)
         return True
 
-    def _replay(self, orphans: list[Orphan]) -> Iterator[None]:
+    def _replay(self, orphans: list[Orphan], *, whole: bool) -> Iterator[None]:
+        """Replay one writer's files; unless these are the `whole` of them, only up to the first gap."""
         if not orphans or not self._wanted(orphans[0].start):
             return
-        state = self._greet(orphans)
+        state = self._greet(orphans, whole=whole)
         if state is None:
             return
         self.stuck.add(orphans[0].start.writer)  # Until it is done.
@@ -153,12 +163,13 @@ class Adopter:
         finished = state.finished
         for orphan in sorted(orphans, key=lambda orphan: (orphan.first_seq, str(orphan.path))):
             try:
-                read = yield from self._replay_file(state, orphan)
-            except (Refused, OSError) as exc:
+                read = yield from self._replay_file(state, orphan, whole=whole)
+            except Refused as exc:
                 self._refuse(orphan.path, str(exc))
+                whole = whole and not isinstance(exc, Unreadable)
                 continue
             if read is None:
-                return  # There was no room, or what was appended had to be taken back.
+                return  # There was no room, or what was appended had to be taken back, or what comes first is missing.
             ends.append((orphan, read[0]))
             finished = finished or read[1]
         goal = state.next_seq
@@ -174,7 +185,7 @@ class Adopter:
         self.stuck.discard(orphans[0].start.writer)
         self.adopted += 1
 
-    def _greet(self, orphans: list[Orphan]) -> WriterState | None:
+    def _greet(self, orphans: list[Orphan], *, whole: bool) -> WriterState | None:
         """Make the writer known, as its HELLO would have; None if it cannot be taken now, or at all."""
         start, uid = orphans[0].start, orphans[0].uid
         writers = self._ingest.writers
@@ -184,6 +195,9 @@ class Adopter:
             return None
         begins = [orphan.first_seq for orphan in orphans if orphan.first_seq >= 0]
         base = min(begins, default=0 if known is None else known.next_seq)
+        if not whole and base > max(1, 0 if known is None else known.next_seq):
+            self.stuck.add(start.writer)
+            return None
         if known is not None and base - known.next_seq > GAP_MAX:
             self._refuse(orphans[0].path, f"it begins with record {base}, {known.next_seq} is due")
             return None
@@ -195,16 +209,18 @@ class Adopter:
             self._ingest.append(welcome.state, 0, 1, orphans[0].start_frame, time.time_ns())
         return welcome.state
 
-    def _replay_file(self, state: WriterState, orphan: Orphan) -> Generator[None, None, tuple[int, bool] | None]:
-        """Append what this file holds beyond the writer's last seq. Raises Refused, OSError.
+    def _replay_file(
+        self, state: WriterState, orphan: Orphan, *, whole: bool
+    ) -> Generator[None, None, tuple[int, bool] | None]:
+        """Append what this file holds beyond the writer's last seq. Raises Refused.
 
-        Returns where its frames end and whether the end record is among them; None if there is no room.
+        Returns where its sound frames end and whether the end record is among them; None if it has to wait.
         """
         end, ended = len(orphan.start_frame), False
         for piece in pieces(orphan, state.next_seq):
-            end, ended = piece.end, piece.ended
+            end, ended = piece.end if piece.damaged_at < 0 else piece.damaged_at, piece.ended
             if piece.next_seq > state.next_seq:
-                if self._ingest.full_reason(state.uid):
+                if self._ingest.full_reason(state.uid) or (piece.first_seq > state.next_seq and not whole):
                     return None
                 if piece.first_seq - state.next_seq > GAP_MAX:
                     raise Refused(f"record {piece.first_seq} where {state.next_seq} is due")
@@ -233,10 +249,11 @@ class Adopter:
                     log.warning("spool_quarantined name=%s read_bytes=%d of=%d", orphan.path.name, end, orphan.size)
                 else:
                     fs.unlink(orphan.path)
+                failpoint("adopt.unlink.mid")
             except OSError as exc:
                 self._refuse(orphan.path, f"its records are safe, but it cannot be removed: {exc.strerror}")
                 if exc.errno not in fs.NO_SPACE:
-                    self._spent[str(orphan.path)] = os.fstat(orphan.fd).st_ino
+                    self._spent[str(orphan.path)] = (os.fstat(orphan.fd).st_ino, end)
         for directory in {orphan.path.parent for orphan, _ in ends}:
             with contextlib.suppress(OSError):  # A name that comes back is adopted again, for nothing.
                 fs.sync_dir(directory)

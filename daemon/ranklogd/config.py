@@ -129,10 +129,13 @@ class Config:
 
     @staticmethod
     def from_json(text: str) -> "Config":
-        """Return the config that `to_json` wrote; raises UsageError."""
+        """Return the config that `to_json` wrote; raises UsageError.
+
+        A field that is not known is passed over: after a downgrade in place, an older shipper serves a later daemon.
+        """
         try:
             values: dict[str, Any] = json.loads(text)
-            return Config(**{name: _from_json(name, value) for name, value in values.items()})
+            return Config(**{name: _from_json(name, value) for name, value in values.items() if name in _FIELDS})
         except (ValueError, TypeError, AttributeError) as exc:
             raise UsageError(f"this is not the JSON of a daemon's config: {exc}") from exc
 

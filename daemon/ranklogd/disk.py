@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ranklog import fs
+from ranklog.failpoint import failpoint
 from ranklogd.statedir import StateDir
 
 LOOK_ENTRIES = 2000
@@ -81,6 +82,7 @@ class Disk:
             return
         fd = os.open(self._state.reserve, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
+            failpoint("reserve.create.mid")
             fs.preallocate(fd, self._reserve_bytes)
         except OSError:
             fs.unlink(self._state.reserve)

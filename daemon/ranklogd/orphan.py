@@ -16,20 +16,28 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ranklog import fs
+from ranklog import fs, wire
 from ranklog.errors import FormatError
+from ranklog.failpoint import failpoint
 from ranklog.frame import FRAME_SIZE_MAX, HEADER, Kind, body_at, decode_gap, encode_gap, spans
-from ranklog.identity import boot_id, pid_namespace, process_start
+from ranklog.identity import boot_id, pid_namespace, process_start, time_namespace
 from ranklog.start import START_SIZE_MAX, Start, decode_start
 from ranklogd.sequence import GAP_MAX
 
 READ_SIZE = 256 << 10
 """Bytes looked at in one step of the server loop: some thousand frames, a few milliseconds."""
 UNBORN_AGE_S = 60.0
+_PASSING = frozenset({errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ESTALE})
+"""Troubles of the disk or this process, not of the file: links, FIFOs and the like are refused with others."""
+BLANK_SIZE_MAX = 4 << 20
 
 
 class Refused(Exception):
     """A file is left alone; the text says why."""
+
+
+class Unreadable(Refused):
+    """The file could not be read: nothing is known of what it holds, and a later scan may have more luck."""
 
 
 class Orphan(NamedTuple):
@@ -63,6 +71,8 @@ class Piece(NamedTuple):
     """The end record is among them."""
     end: int
     """Offset behind them in the file."""
+    damaged_at: int = -1
+    """Offset of the first damaged frame before them; -1 if all before them is sound."""
 
 
 def open_orphan(path: Path, writer: str) -> Orphan | None:
@@ -72,19 +82,25 @@ def open_orphan(path: Path, writer: str) -> Orphan | None:
     except FileNotFoundError:
         return None
     except OSError as exc:
-        raise Refused(exc.strerror or str(exc)) from exc
+        raise _refusal(exc) from exc
     kept = False
     try:
         orphan = _judge(path, fd, writer)
         kept = True
     except FileNotFoundError:
         return None
-    except (FormatError, OSError) as exc:
+    except FormatError as exc:
         raise Refused(str(exc)) from exc
+    except OSError as exc:
+        raise _refusal(exc) from exc
     finally:
         if not kept:
             os.close(fd)
     return orphan
+
+
+def _refusal(exc: OSError) -> Refused:
+    return (Unreadable if exc.errno in _PASSING else Refused)(exc.strerror or str(exc))
 
 
 def _judge(path: Path, fd: int, writer: str) -> Orphan:
@@ -92,19 +108,62 @@ def _judge(path: Path, fd: int, writer: str) -> Orphan:
     free = fs.try_lock(fd)
     head = memoryview(os.pread(fd, START_SIZE_MAX + HEADER.size, 0))
     body = body_at(head, 0)
+    if body is None and free and not any(head) and _same_file(path, info) and not _has_bytes(fd):
+        # Born just before a power cut: the disk kept the name, and not one of the bytes that were there before it.
+        fs.unlink(path)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     if body is None:
         raise FormatError("no whole start frame at the head of the file")
     start = decode_start(body)
     if start.writer != writer:
         raise FormatError(f"the file says writer {start.writer}, its name says {writer}")
-    named = os.stat(path, follow_symlinks=False)
-    if (named.st_ino, named.st_dev, named.st_nlink) != (info.st_ino, info.st_dev, 1):
+    if not _same_file(path, info):
         raise FormatError("it was exchanged while it was opened")
     head_end = HEADER.size + len(body)
     alive = not free and not owner_gone(start)
-    first = None if alive else next(spans(_window(fd, head_end)), None)
-    first_seq = -1 if first is None or first.kind == Kind.START else first.first
+    if not alive and start.protocol > wire.VERSION:
+        # Its frames would read as damage, and a journal's damaged end is thrown away.
+        text = f"its frames need protocol {start.protocol}, this daemon speaks {wire.VERSION_MIN}..{wire.VERSION}"
+        raise FormatError(f"{text}: upgrade ranklog. The records are safe in it")
+    first_seq = -1 if alive else _first_seq(_window(fd, head_end), is_spool=path.suffix == ".spool")
     return Orphan(path, fd, info.st_uid, info.st_size, start, bytes(head[:head_end]), first_seq, alive)
+
+
+def _same_file(path: Path, info: os.stat_result) -> bool:
+    named = os.stat(path, follow_symlinks=False)
+    return (named.st_ino, named.st_dev, named.st_nlink) == (info.st_ino, info.st_dev, 1)
+
+
+def _has_bytes(fd: int) -> bool:
+    """Return whether anything but zeros is in a file. One too large for a journal is not looked through."""
+    offset = 0
+    while offset < BLANK_SIZE_MAX and (piece := os.pread(fd, READ_SIZE, offset)):
+        if piece.strip(b"\0"):
+            return True
+        offset += len(piece)
+    return offset >= BLANK_SIZE_MAX
+
+
+def _first_seq(buffer: memoryview, *, is_spool: bool) -> int:
+    """Return the seq of the first frame, -1 if there is none; a damaged one stood for one seq at least."""
+    skipped = behind_damage(buffer, 0) if is_spool and body_at(buffer, 0) is None else 0
+    first = next(spans(buffer, skipped or 0), None)
+    if first is None or first.kind == Kind.START:
+        return -1
+    return first.first if not skipped else max(first.first - 1, 1)
+
+
+def behind_damage(buffer: memoryview, follow: int) -> int | None:
+    """Return where the frames go on behind the damaged one at the head of `buffer`, None if that cannot be told.
+
+    Its size is taken on trust if a frame that checks follows there, of a seq above `follow`: in a recycled journal
+    what comes behind the last frame is older.
+    """
+    if len(buffer) < HEADER.size:
+        return None
+    skipped = HEADER.size + HEADER.unpack_from(buffer)[1]
+    later = next(spans(buffer, skipped), None) if HEADER.size < skipped < len(buffer) else None
+    return skipped if later is not None and later.kind != Kind.START and later.first > follow else None
 
 
 def owner_gone(start: Start) -> bool:
@@ -114,15 +173,18 @@ def owner_gone(start: Start) -> bool:
     if not start.pid or start.pid_ns != pid_namespace():
         return False
     now = process_start(start.pid)
-    return now is None or start.pid_start not in (0, now)
+    if now is None:
+        return True
+    # In a time namespace of its own a process counts from another boot, and its start is another number there.
+    return start.pid_start not in (0, now) and time_namespace(start.pid) in (None, time_namespace())
 
 
 def pieces(orphan: Orphan, after_seq: int) -> Iterator[Piece]:
-    """Yield the frames behind the start frame, up to the first that is damaged or does not follow.
+    """Yield the frames behind the start frame, up to the first that does not follow; damaged ones are passed over.
 
-    What lies below `after_seq` is yielded without its bytes. Raises OSError, and Refused for impossible claims.
+    What lies below `after_seq` is yielded without its bytes. Raises Unreadable, and Refused for impossible claims.
     """
-    offset, follow = len(orphan.start_frame), None
+    offset, follow, damaged_at = len(orphan.start_frame), None, -1
     while True:
         buffer = _window(orphan.fd, offset)
         begin, end, first, ended = -1, 0, -1, False
@@ -137,10 +199,17 @@ def pieces(orphan: Orphan, after_seq: int) -> Iterator[Piece]:
                 begin, first = span.offset, span.first
             end, follow, ended = span.end, span.last + 1, span.kind == Kind.END
         if not end or follow is None:
-            return
+            # Where not even the first frame of a recycled file is sound, all that follows may be older than anything.
+            known = follow is not None or orphan.is_spool
+            skipped = behind_damage(buffer, follow or 0) if known and body_at(buffer, 0) is None else None
+            if skipped is None:
+                return
+            damaged_at = offset if damaged_at < 0 else damaged_at
+            offset, follow = offset + skipped, None
+            continue
         offset += end
         frames = bytes(buffer[begin:end]) if begin >= 0 else b""
-        yield Piece(first if frames else follow, follow, frames, ended, offset)
+        yield Piece(first if frames else follow, follow, frames, ended, offset, damaged_at)
 
 
 def behind(piece: Piece, seq: int) -> Piece:
@@ -159,9 +228,12 @@ def behind(piece: Piece, seq: int) -> Piece:
 
 def _window(fd: int, offset: int) -> memoryview:
     """Return bytes from `offset` on, with a whole frame at their head if there is one."""
-    buffer = memoryview(os.pread(fd, READ_SIZE, offset))
-    if len(buffer) == READ_SIZE and body_at(buffer, 0) is None:
-        return memoryview(os.pread(fd, FRAME_SIZE_MAX + HEADER.size, offset))
+    try:
+        buffer = memoryview(os.pread(fd, READ_SIZE, offset))
+        if len(buffer) == READ_SIZE and body_at(buffer, 0) is None:
+            return memoryview(os.pread(fd, FRAME_SIZE_MAX + HEADER.size, offset))
+    except OSError as exc:
+        raise Unreadable(exc.strerror or str(exc)) from exc
     return buffer
 
 
@@ -182,6 +254,7 @@ def keep_evidence(orphan: Orphan, end: int, quarantine: Path) -> None:
     target = quarantine / orphan.path.name
     text = f"{orphan.path}: what follows offset {end} of {orphan.size} is no frame. All before it was taken over.\n"
     target.with_name(f"{target.name}.reason").write_text(text)
+    failpoint("adopt.quarantine.mid")
     try:
         fs.rename(orphan.path, target)
     except OSError as exc:
@@ -192,14 +265,27 @@ def keep_evidence(orphan: Orphan, end: int, quarantine: Path) -> None:
     fs.sync_dir(quarantine)
 
 
+def _next_data(fd: int, offset: int) -> int | None:
+    """Return where the next bytes are that are no hole; None behind the last."""
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA)
+    except OSError as exc:
+        if exc.errno != errno.ENXIO:
+            raise
+        return None
+
+
 def _copy(orphan: Orphan, target: Path) -> None:
+    """Copy a file of which only the bytes take time, not its holes: anybody can make one of a terabyte."""
     temporary = target.with_name(f".{target.name}.tmp")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        offset = 0
-        while chunk := os.pread(orphan.fd, 1 << 20, offset):
-            fs.write_all(fd, chunk, offset)
-            offset += len(chunk)
+        end = 0
+        while (begin := _next_data(orphan.fd, end)) is not None:
+            chunk = os.pread(orphan.fd, 64 << 10, begin)
+            fs.write_all(fd, chunk, begin)
+            end = begin + len(chunk)
+        os.ftruncate(fd, orphan.size)
     finally:
         os.close(fd)
     fs.publish(temporary, target)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ranklog import wire
 from ranklogd.statedir import StateDir
 from ranklogd.wal import segment
 
@@ -73,6 +74,8 @@ class Status:
     quarantined_spools: int = 0
     """Spool files in quarantine/ since the start: they could not be read to their end."""
     shipper_restarts: int = 0
+    protocol: tuple[int, int] = (wire.VERSION_MIN, wire.VERSION)
+    """What this daemon speaks, oldest and newest: tells a client of another version what it can expect."""
 
     def to_json(self) -> str:
         """Return the snapshot as JSON."""

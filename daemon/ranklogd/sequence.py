@@ -182,6 +182,12 @@ class Writers:
         self._drop(old)
         return len(old)
 
+    def shift(self, step_s: int) -> None:
+        """The clock was set by so much: the ages of all writers stay what they were."""
+        for state in self._states.values():
+            state.ended_s += step_s if state.ended_s else 0
+            state.moved_s += step_s if state.moved_s else 0
+
     def drop_greeted(self) -> None:
         """Make room: drop every writer that said HELLO and brought nothing yet."""
         self._drop([state for state in self._states.values() if not state.kept])

@@ -22,6 +22,7 @@ from ranklog.version import __version__
 from ranklog.wire import Type
 from ranklogd import report
 from ranklogd.adopt import Adopter
+from ranklogd.clockstep import ClockStep
 from ranklogd.disk import Disk
 from ranklogd.ingest import Ingest, Peer, Reply
 from ranklogd.nodemetrics import NodeMetrics
@@ -64,6 +65,7 @@ class Server:
         self._runs = Runs(self._ingest.writers)
         self._node_metrics = NodeMetrics(self._ingest, self._config.node, self._config.node_metrics_interval_s)
         self._started_s = time.monotonic()
+        self._clock_step = ClockStep(time.time(), self._started_s)
         self._first_entry_s: float | None = None
         self._last_commit_s = self._last_chore_s = self._last_scan_s = 0.0
         self._last_message_s = self._started_s
@@ -178,6 +180,9 @@ class Server:
         self._shipper.tend(now_s)
         self._runs.update(now_s)
         self._node_metrics.step(now_s, self._runs.live)
+        if step_s := self._clock_step.look(time.time(), now_s):
+            log.warning("clock_set by_s=%.0f; order and timers do not depend on it", step_s)
+            self._ingest.writers.shift(round(step_s))
         self._ingest.writers.forget(int(time.time()), self._config.writer_keep_s, self._adopter.held)
         marks = self._marks()
         self._ingest.shares.uploaded(marks.uploaded)

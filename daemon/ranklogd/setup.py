@@ -5,6 +5,7 @@
 Nothing is touched before the locks are held, and nobody can connect before the WAL can take what they send.
 """
 
+import contextlib
 import grp
 import logging
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 from ranklog import fs, places
 from ranklog.config import Settings
 from ranklog.errors import UsageError
+from ranklog.failpoint import failpoint
 from ranklog.identity import boot_id
 from ranklog.layout import Lsn
 from ranklogd.adopt import Adopter
@@ -75,11 +77,15 @@ def prepare(config: Config) -> StateDir:
         most = OPEN_FILES_MAX if hard < 0 else min(hard, OPEN_FILES_MAX)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     state = StateDir(config.state_dir)
-    places.require_local(state.root, "the state directory", allow=config.allow_network_fs)
+    places.require_local(state.root, allow=config.allow_network_fs)
     for path in (state.root, config.runtime_dir):
         places.ensure_private_dir(path)
     for room in state.rooms:
         fs.make_dir(room)
+    for path in (state.root, state.root.parent):
+        with contextlib.suppress(PermissionError):  # A start that was killed may have made a room and not synced it.
+            fs.sync_dir(path)
+        places.ensure_private_dir(room)  # While the state directory was open to others, they may have put one there.
     return state
 
 
@@ -93,6 +99,7 @@ def assemble(
         take_lock(socket_lock, config.socket, "--runtime-dir or --socket", wait_s=lock_wait_s, stopped=stopped),
     )
     fs.unlink(state.reserve)  # On a disk full of our own records, the new segment needs it: `disk` takes it again.
+    failpoint("reserve.unlink.after")
     found = recover(state, int(time.time()))
     for note in found.notes:
         log.warning("wal_recovered %s", note)

@@ -317,7 +317,7 @@ def test_a_hostile_file_is_left_alone_reported_once_and_its_neighbours_are_adopt
     os.mkfifo(named(1))
     os.link(outside, named(2))
     named(3).mkdir()
-    named(4).write_bytes(b"")
+    named(4).write_bytes(bytes(100) + b"1")
     named(5).write_bytes(b"#!/bin/sh\nrm -rf /\n" * 100)
     named(6).write_bytes(encode_start(start_of(9))[:-1])
     named(7).write_bytes(encode_start(ONE) + frames(1, 5))
@@ -592,15 +592,16 @@ def test_a_spool_whose_frames_end_before_it_does_is_kept_as_evidence(place: Plac
     assert place.adopter.quarantined == 1
 
 
-def test_damage_in_the_middle_of_a_spool_costs_what_is_behind_it_in_that_file_and_is_kept(place: Place) -> None:
+def test_damage_in_the_middle_of_a_spool_costs_the_record_it_hit_and_is_kept(place: Place) -> None:
     data = bytearray(frames(1, 100))
     data[len(data) // 2] ^= 0xFF
     place.write(ONE, "spool", 0, bytes(data))
     place.write(ONE, "spool", 1, frames(101, 10))
     place.adopt()
     (gap,) = place.gaps()
-    assert gap[1] == 100
+    assert gap[0] == gap[1]
     assert 45 <= gap[0] <= 55
+    assert place.seqs() == list(range(111))
     assert place.adopter.quarantined == 1
 
 
@@ -688,6 +689,20 @@ def test_a_file_whose_writer_was_killed_before_it_came_into_view_is_removed(plac
     with locked(held):
         place.adopt()
     assert [path.exists() for path in (unborn, fresh, held, other)] == [False, True, True, True]
+
+
+@pytest.mark.parametrize("size", [0, 1, 512 << 10])
+@pytest.mark.parametrize("kind", ["journal", "spool"])
+def test_a_file_of_which_a_power_cut_left_the_name_only_is_removed(place: Place, kind: str, size: int) -> None:
+    path = place.journal / format_name(FileName(ONE.writer, 0, kind))
+    path.write_bytes(bytes(size))
+    with locked(path):
+        place.adopt()
+        assert place.files() == [path.name], "its writer may live"
+    place.adopt()
+    assert place.files() == []
+    place.adopter.scan()
+    assert place.adopter.refused == {}
 
 
 def test_held_names_every_writer_with_a_file_whoever_owns_it(place: Place) -> None:

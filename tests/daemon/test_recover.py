@@ -110,19 +110,16 @@ def test_a_flipped_byte_anywhere_never_raises_and_never_invents_a_record(
     at %= len(data)
     data[at] ^= flip
     _written(state, bytes(data))
-    try:
-        found = recover(state, NOW_S)
-    except FormatError as exc:
-        assert "upgrade ranklog" in str(exc)  # The flip made it a later format.
-        assert at < 8
-        return
-    if found.unreadable:
-        assert found.next_lsn == 2
+    found = recover(state, NOW_S)
+    assert found.marks[bytes.fromhex(ONE.writer)].last_seq == found.next_lsn - 1
+    if any("read without it" in note for note in found.notes):
+        assert found.next_lsn == 11, "the header is damaged, and no entry"
         return
     left = {(r.lsn, r.seq) for r in kept_in(state.wal / OPEN)}
     assert left <= true
     assert len(left) >= len(true) - 5, "one entry at most is lost"
-    assert found.next_lsn == max((lsn for lsn, _ in left), default=0) + 1
+    # What the shipper will find frame by frame counts, too: nobody is asked for it again.
+    assert 10 <= found.next_lsn <= 11, "one record at most is lost"
 
 
 def _written(state: StateDir, data: bytes) -> Path:
@@ -216,7 +213,7 @@ def test_the_outbox_counts_where_the_wal_is_empty(state: StateDir) -> None:
 def test_a_segment_of_a_later_format_is_refused_in_words_and_not_touched(state: StateDir, how: str) -> None:
     data = bytes(SegmentBuilder().data)
     if how == "magic":
-        data = data[:7] + b"2" + data[8:]
+        data = data[:7] + b"2" + bytes(8) + data[16:]
     else:
         data = _with_version(2)
     (state.wal / OPEN).write_bytes(data)

@@ -93,7 +93,7 @@ def test_a_segment_of_a_later_version_stops_the_start_in_words(make_config: Make
     config = make_config()
     state = prepare(config)
     data = bytes(SegmentBuilder().data)
-    (state.wal / segment.open_name(1)).write_bytes(data[:7] + b"9" + data[8:])
+    (state.wal / segment.open_name(1)).write_bytes(data[:7] + b"9" + bytes(8) + data[16:])
     with pytest.raises(FormatError, match="upgrade ranklog"):
         start(config)
     assert not config.socket.exists()

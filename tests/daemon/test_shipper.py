@@ -23,11 +23,6 @@ from ranklogd.ship.shipper import Shipper
 from ranklogd.statedir import StateDir
 from segments import SegmentBuilder, frame, make_state, read_rows, start_of
 
-KILL_POINTS = [
-    "shard.write.mid", "shard.sync.after", "outbox.rename.after", "outbox.dirsync.after", "trim.unlink.after",
-    "upload.before", "store.put.mid", "upload.sent.before_reply", "upload.verified.before_mark", "mark.rename.after",
-]  # fmt: skip
-
 
 class Place:
     """A state directory and a directory store."""
@@ -375,30 +370,6 @@ def test_a_config_it_cannot_read_ends_it_with_exit_code_78(place):
         assert b"ranklogd shipper: " in done.stderr
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(3, marks=pytest.mark.full)])
-@pytest.mark.parametrize("point", KILL_POINTS)
-def test_killed_at_any_point_any_number_of_times_every_row_arrives_exactly_once(place, tmp_path, point, times):
-    segments = [place.seal(number) for number in range(2)]
-    twin = Place(tmp_path / "twin")
-    for path in segments:
-        (twin.state.wal / path.name).write_bytes(path.read_bytes())
-    Shipper(twin.config()).step()
-    log = tmp_path / "hits"
-    for _ in range(times):
-        with place.shipper(RANKLOG_FAILPOINT=f"{point}=kill", RANKLOG_FAILPOINT_LOG=str(log)) as process:
-            wait_for(lambda: process.poll() is not None or place.at_rest(), "it is dead or done")
-            process.kill()
-            process.wait(20)
-    assert f"{point} kill" in log.read_text()
-    report = Shipper(place.config()).step()
-    assert place.at_rest()
-    assert place.shards() == twin.shards(), "the same objects under the same names, and no other"
-    for key in place.shards():
-        assert (place.store / key).read_bytes() == (twin.store / key).read_bytes()
-    assert report.dead_letters == 0
-    assert not [path for path in place.state.root.rglob("*") if path.name.endswith((".tmp", ".tries"))]
-
-
 def test_killed_again_and_again_in_the_same_conversion_a_sound_segment_never_goes_to_quarantine(place):
     place.seal(1)
     for _ in range(5):
@@ -407,15 +378,6 @@ def test_killed_again_and_again_in_the_same_conversion_a_sound_segment_never_goe
     Shipper(place.config()).step()
     assert place.at_rest()
     assert len(content(place.store)) == 20
-
-
-@pytest.mark.parametrize("point", KILL_POINTS)
-def test_an_error_at_any_point_is_survived_without_a_restart(place, point):
-    place.seal(1)
-    with place.shipper(RANKLOG_FAILPOINT=f"{point}=err") as process:
-        wait_for(lambda: len(place.shards()) == 2 and place.at_rest(), f"{point} was survived")
-        assert process.poll() is None
-    assert len(content(place.store)) == len(set(content(place.store))) == 20
 
 
 def test_no_record_is_in_two_places_once_all_is_at_rest(place):

@@ -100,18 +100,6 @@ def test_kill_9_of_trainer_and_daemon_together_loses_nothing(rig: Rig, tmp_path:
         rig.kill(daemon)
 
 
-@pytest.mark.parametrize("point", ["write.before:2000", "write.after:2000", "rotate.after:2", "create.after:3"])
-def test_a_kill_inside_the_journal_loses_nothing_that_log_had_returned_for(rig: Rig, tmp_path: Path, point: str):
-    rig.start_daemon()
-    env = {"RANKLOG_FAILPOINT": f"journal.{point}=kill", "RANKLOG_JOURNAL_FILE_SIZE_BYTES": "64K"}
-    client = rig.spawn(counting(), tmp_path / "proof", **env)
-    assert client.wait(30) == -signal.SIGKILL
-    rig.adopted()
-    counts = logged(of_process(rig, client), "i")
-    assert counts == list(range(len(counts)))
-    assert proven(tmp_path / "proof") <= len(counts) <= proven(tmp_path / "proof") + 1
-
-
 # Forked.
 
 
@@ -410,31 +398,6 @@ signal.signal(signal.SIGTERM, stop)
 
 
 # To the exit.
-
-
-@pytest.mark.parametrize(
-    ("leave", "code"),
-    [
-        ("pass", 0), ("sys.exit(3)", 3), ("raise ValueError('a bug of the trainer')", 1), ("os._exit(4)", 4),
-        ("os.kill(os.getpid(), signal.SIGTERM); signal.pause()", -signal.SIGTERM),
-        # Python ends by the signal itself, unless something was compiled after the exception.
-        ("os.kill(os.getpid(), signal.SIGINT); signal.pause()", (1, -2)),
-        ("os.kill(os.getpid(), signal.SIGKILL); signal.pause()", -signal.SIGKILL), ("os.abort()", -signal.SIGABRT),
-        ("os.execv('/bin/true', ['true'])", 0),
-    ],
-)  # fmt: skip
-def test_no_way_out_of_the_process_loses_a_record(rig: Rig, leave: str, code: int):
-    rig.start_daemon()
-    rig.client(f"""
-import os, signal, sys, ranklog
-ranklog.init(project="p")
-for i in range(2000): ranklog.log({{"i": i}})
-{leave}
-""", code=code)  # fmt: skip
-    rig.adopted()
-    [records] = rig.written().values()
-    assert logged(records, "i") == list(range(2000))
-    assert ends(records) == [], "nobody called finish()"
 
 
 def test_a_process_that_exits_without_finish_leaves_nothing_for_adoption(rig: Rig):

@@ -194,6 +194,8 @@ def problems(snapshot: Snapshot) -> list[str]:
     if records or stretches:
         damage = f"{_count(records, 'unreadable record')}, {_count(stretches, 'damaged stretch', 'damaged stretches')}"
         found.append(f"{damage}: gaps in the data; the bytes and reasons are in {state_dir}/quarantine")
+    elif files := shipper.get("quarantined_files", 0):
+        found.append(f"{_count(files, 'damaged file')} set aside, with reasons, in {state_dir}/quarantine")
     wrong = {code: count for code, count in snapshot["refused"].items() if code in _WRONG}
     if wrong:
         refused = ", ".join(f"{count:,} {code}" for code, count in sorted(wrong.items()))

@@ -13,6 +13,7 @@ from pathlib import Path
 import duckdb
 
 from ranklog.errors import FormatError, RanklogError, StoreError
+from ranklog.reader.footer import read_footer
 from ranklog.reader.listing import Shard
 from ranklog.reader.local import local_paths
 from ranklog.stores import Store
@@ -40,6 +41,8 @@ def shard_errors(store: Store, shards: Sequence[Shard], *, users_statement: bool
         damaged = damaged_shards(store, shards)
         if damaged:
             raise FormatError(_describe(damaged, len(shards))) from exc
+        for path in local_paths(store, shards):
+            read_footer(path)  # Raises where a later ranklog wrote the shard, and says so.
         if users_statement:
             raise
         raise RanklogError(f"cannot read the shards of {store.url}: {first_line(exc)}") from exc

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from ranklog.errors import FormatError
 from ranklog.reader.overlap import Writers
+from ranklog.schema import FORMAT
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,11 @@ def read_footer(path: Path) -> Footer:
         raise FormatError(
             f"{path} is named like a shard but is no parquet file: {exc}. Move it out of the store"
         ) from exc
-    writers = parse_writers((found.metadata or {}).get(b"ranklog.writers"))
+    metadata = found.metadata or {}
+    version = metadata.get(b"ranklog.format", b"")
+    if version.isdigit() and int(version) > int(FORMAT):
+        raise FormatError(f"{path} has shard format {int(version)}; this ranklog reads {FORMAT}: upgrade ranklog")
+    writers = parse_writers(metadata.get(b"ranklog.writers"))
     project, run, kind, ts = (_bounds(found, column) for column in ("project", "run", "kind", "ts"))
     starts_here = writers is None or any(first == 0 for first, _ in writers.values())
     return Footer(

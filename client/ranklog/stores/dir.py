@@ -57,6 +57,7 @@ class DirStore:
         self.root = root.absolute()
         self.url = str(self.root)
         self._swept: dict[Path, float] = {}
+        self._settled = False
 
     def put(self, uploads: Sequence[Upload]) -> dict[str, StoreError | None]:
         """Store each file; one fsync of a directory serves all objects put into it."""
@@ -66,6 +67,7 @@ class DirStore:
             fs.make_dir(self.root, 0o777)
         except OSError as exc:
             raise self._error("cannot create the store", exc) from exc
+        self._settle()
         results: dict[str, StoreError | None] = {}
         changed: dict[Path, list[str]] = {}
         for upload in uploads:
@@ -90,6 +92,17 @@ class DirStore:
                 if exc.errno not in _NO_DIR_SYNC:
                     results.update(dict.fromkeys(keys, self._error(f"cannot make {directory} durable", exc)))
         return results
+
+    def _settle(self) -> None:
+        """Make the root's own name durable, once: a put that was killed may have made it and not come to that."""
+        if self._settled:
+            return
+        try:
+            fs.sync_dir(self.root.parent)
+        except OSError as exc:
+            if exc.errno not in _NO_DIR_SYNC | _DENIED:
+                raise self._error(f"cannot make {self.root} durable", exc) from exc
+        self._settled = True
 
     def head(self, key: str) -> ObjectInfo | None:
         """Return the file's size; what is not a regular file is no object."""
@@ -155,8 +168,10 @@ class DirStore:
         temporary = _temporary_beside(target)
         try:
             _copy(source, temporary)
+            failpoint("store.sync.after")
             self._sweep(target.parent, temporary)
             fs.publish_new(temporary, target)
+            failpoint("store.publish.after")
         except FileExistsError:
             self._require_same(source, target)  # Somebody else was first with this name.
         finally:
