@@ -3,23 +3,38 @@
 One conformance suite (tests/client/test_store_contract.py) runs against every implementation. Objects are immutable:
 a key, once taken, keeps its bytes until it is deleted. Listing by prefix is the only index.
 
-A new kind of store is one module with a function `open_url(url) -> Store` and one line in `_MODULES`. It is imported
-only when a URL asks for it, so a directory store never loads a network library.
+A new kind of store is one module with a function `open_url(url, options) -> Store` and one line in `_MODULES`. It is
+imported only when a URL asks for it, so a directory store never loads a network library.
 """
 
 import importlib
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from ranklog.errors import StoreError, UsageError
+from ranklog.errors import MissingExtra, StoreError, UsageError
 
 KEY_SIZE_MAX = 1024
 """UTF-8 bytes of a key: the smallest limit among the stores we know."""
 
 _PART_SIZE_MAX = 255  # What a directory entry may be long on every filesystem we know.
 _BAD_CHARACTER = re.compile(r"[\x00-\x1f\x7f\\]")
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """What a store needs to know beyond its URL. A directory needs none of it."""
+
+    deadline_s: float = 120.0
+    """A call on a network store ends by then."""
+    token_file: Path | None = None
+    """Where the Hub's token stands; None: the Hub's own login."""
+    create: str = ""
+    """`private` or `public`: create a missing bucket, once. Empty: never."""
+    seen_marker: Path | None = None
+    """A file that says that the bucket was seen: from then on it is not created. None: never create."""
 
 
 class ObjectInfo(NamedTuple):
@@ -92,8 +107,8 @@ def check_key(key: str) -> None:
     raise StoreError(f"object key {key[:200]!r} is refused: {reason}", permanent=True)
 
 
-_MODULES = {"": "ranklog.stores.dir", "file": "ranklog.stores.dir"}
-"""URL scheme -> the module whose `open_url(url)` makes the store; "" is a plain path."""
+_MODULES = {"": "ranklog.stores.dir", "file": "ranklog.stores.dir", "hf": "ranklog.stores.hf"}
+"""URL scheme -> the module whose `open_url(url, options)` makes the store; "" is a plain path."""
 
 
 def url_scheme(url: str) -> str:
@@ -111,7 +126,16 @@ def url_scheme(url: str) -> str:
     return scheme
 
 
-def open_store(url: str) -> Store:
-    """Return the store a URL names: a directory or file:// URL; raises UsageError for anything else. Does no I/O."""
-    store: Store = importlib.import_module(_MODULES[url_scheme(url)]).open_url(url)
+def open_store(url: str, options: StoreOptions | None = None) -> Store:
+    """Return the store a URL names, see `_MODULES`; raises UsageError, and MissingExtra where its library is absent.
+
+    Does no I/O.
+    """
+    module = _MODULES[url_scheme(url)]
+    try:
+        store: Store = importlib.import_module(module).open_url(url, options or StoreOptions())
+    except ModuleNotFoundError as exc:
+        if exc.name is None or exc.name.startswith("ranklog"):
+            raise
+        raise MissingExtra(f"the store {url}", "daemon", exc.name) from exc
     return store

@@ -24,7 +24,7 @@ from urllib.parse import unquote, urlsplit
 from ranklog import fs
 from ranklog.errors import StoreError, UsageError
 from ranklog.failpoint import failpoint
-from ranklog.stores.base import ObjectInfo, Upload, check_key
+from ranklog.stores.base import ObjectInfo, StoreOptions, Upload, check_key
 
 STALE_AFTER_S = 3600
 """A temporary file that was not written to for so long belongs to nobody any more."""
@@ -36,7 +36,7 @@ _DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 _NO_DIR_SYNC = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF})
 
 
-def open_url(url: str) -> "DirStore":
+def open_url(url: str, _: StoreOptions) -> "DirStore":
     """Return the store of a path or a file:// URL; a relative path counts from here and now. Raises UsageError."""
     if not url.lower().startswith("file:"):
         try:
