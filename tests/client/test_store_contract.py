@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from moto.server import ThreadedMotoServer
 
 from hub.server import Hub
 from ranklog.errors import StoreError, UsageError
@@ -36,8 +37,28 @@ def bucket_store(room: Path) -> Iterator[OpenStore]:
         yield lambda: open_store("hf://buckets/user/b/some/prefix")
 
 
-STORES: list[Callable[[Path], AbstractContextManager[OpenStore]]] = [directory_store, bucket_store]
-CREATE_IF_ABSENT = [directory_store]
+@contextmanager
+def s3_store(room: Path) -> Iterator[OpenStore]:
+    """A server that speaks S3, in this process."""
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "AWS_ENDPOINT": f"http://127.0.0.1:{port}", "AWS_ALLOW_HTTP": "true", "AWS_ACCESS_KEY_ID": "k",
+            "AWS_SECRET_ACCESS_KEY": "s", "AWS_REGION": "us-east-1",
+        }.items():  # fmt: skip
+            patch.setenv(name, value)
+        import urllib.request
+
+        urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/moto-api/reset", method="POST"))
+        urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/bucket", method="PUT"))
+        yield lambda: open_store("s3://bucket/some/prefix")
+    server.stop()
+
+
+STORES: list[Callable[[Path], AbstractContextManager[OpenStore]]] = [directory_store, bucket_store, s3_store]
+CREATE_IF_ABSENT = [directory_store, s3_store]
 """Those that can tell two apart who put other bytes under one key at one moment. A bucket cannot, and need not: a
 daemon's names hold its own random id."""
 

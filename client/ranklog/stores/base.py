@@ -107,7 +107,14 @@ def check_key(key: str) -> None:
     raise StoreError(f"object key {key[:200]!r} is refused: {reason}", permanent=True)
 
 
-_MODULES = {"": "ranklog.stores.dir", "file": "ranklog.stores.dir", "hf": "ranklog.stores.hf"}
+_MODULES = {
+    "": "ranklog.stores.dir",
+    "file": "ranklog.stores.dir",
+    "hf": "ranklog.stores.hf",
+    "s3": "ranklog.stores.objects",
+    "gs": "ranklog.stores.objects",
+    "az": "ranklog.stores.objects",
+}
 """URL scheme -> the module whose `open_url(url, options)` makes the store; "" is a plain path."""
 
 
@@ -137,5 +144,5 @@ def open_store(url: str, options: StoreOptions | None = None) -> Store:
     except ModuleNotFoundError as exc:
         if exc.name is None or exc.name.startswith("ranklog"):
             raise
-        raise MissingExtra(f"the store {url}", "daemon", exc.name) from exc
+        raise MissingExtra(f"the store {url}", "s3" if exc.name == "obstore" else "daemon", exc.name) from exc
     return store
