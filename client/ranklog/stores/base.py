@@ -37,6 +37,18 @@ class StoreOptions:
     """A file that says that the bucket was seen: from then on it is not created. None: never create."""
 
 
+class Allowance(NamedTuple):
+    """What a store that limits requests said last of its limit."""
+
+    left: int
+    """Requests that may still be made …"""
+    reset_s: float
+    """… within these seconds."""
+    limit: int = 0
+    """Requests in a whole window; 0: it did not say."""
+    window_s: float = 300.0
+
+
 class ObjectInfo(NamedTuple):
     """One object as a listing shows it."""
 
@@ -59,6 +71,10 @@ class Store(Protocol):
 
     url: str
     """Names this store in messages; `open_store` of it finds the same objects."""
+
+    @property
+    def allowance(self) -> Allowance | None:
+        """How many requests may still be made; None for a store that does not limit them, or never said."""
 
     def put(self, uploads: Sequence[Upload]) -> dict[str, StoreError | None]:
         """Store each file at its key; return what became of each: None for success. A key may stand there only once.

@@ -24,7 +24,7 @@ from urllib.parse import unquote, urlsplit
 from ranklog import fs
 from ranklog.errors import StoreError, UsageError
 from ranklog.failpoint import failpoint
-from ranklog.stores.base import ObjectInfo, StoreOptions, Upload, check_key
+from ranklog.stores.base import Allowance, ObjectInfo, StoreOptions, Upload, check_key
 
 STALE_AFTER_S = 3600
 """A temporary file that was not written to for so long belongs to nobody any more."""
@@ -57,6 +57,11 @@ class DirStore:
         self.root = root.absolute()
         self.url = str(self.root)
         self._swept: dict[Path, float] = {}
+
+    @property
+    def allowance(self) -> Allowance | None:
+        """None: requests are not counted here."""
+        return None
 
     def put(self, uploads: Sequence[Upload]) -> dict[str, StoreError | None]:
         """Store each file; one fsync of a directory serves all objects put into it."""

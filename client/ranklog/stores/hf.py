@@ -23,7 +23,7 @@ from huggingface_hub import get_token
 
 from ranklog import fs
 from ranklog.errors import StoreError, UsageError
-from ranklog.stores.base import ObjectInfo, StoreOptions, Upload, check_key
+from ranklog.stores.base import Allowance, ObjectInfo, StoreOptions, Upload, check_key
 from ranklog.stores.hub import Deadline, Hub
 from ranklog.stores.xet import Content
 
@@ -68,8 +68,8 @@ class BucketStore:
         self._seen = options.seen_marker is not None and options.seen_marker.exists()
 
     @property
-    def allowance(self) -> tuple[int, float] | None:
-        """(requests, seconds) that the Hub said are left for this user; None if it never said."""
+    def allowance(self) -> Allowance | None:
+        """What the Hub said is left for this user, on whichever node."""
         return self._hub.allowance
 
     def put(self, uploads: Sequence[Upload]) -> dict[str, StoreError | None]:

@@ -23,6 +23,7 @@ from huggingface_hub import constants, get_session
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # Documented, not in its __all__.
 
 from ranklog.errors import StoreError
+from ranklog.stores.base import Allowance
 from ranklog.version import __version__
 
 CONNECT_S = 10.0
@@ -32,7 +33,7 @@ ANSWER_SIZE_MAX = 64 << 20
 
 _TRANSIENT = frozenset({408, 425, 429})
 _HELD = frozenset({401, 403, 404, 409, 410, 423, 451})
-_LIMIT = re.compile(r";\s*([rt])\s*=\s*(\d+)")
+_LIMIT = re.compile(r";\s*([rtqw])\s*=\s*(\d+)")
 
 
 class Deadline:
@@ -56,8 +57,7 @@ class Hub:
 
     def __init__(self, find_token: Callable[[], str | None]) -> None:
         self.endpoint: str = constants.ENDPOINT
-        self.allowance: tuple[int, float] | None = None
-        """(requests, seconds): how many the last answer said may still be made within how long."""
+        self.allowance: Allowance | None = None
         self._find_token = find_token
 
     def headers(self) -> dict[str, str]:
@@ -127,9 +127,8 @@ class Hub:
             raise StoreError(f"{text}; is {self.endpoint} reachable from this node?", permanent=False) from exc
 
     def _note_allowance(self, headers: Mapping[str, str]) -> None:
-        found = dict(_LIMIT.findall(headers.get("RateLimit", "")))
-        if "r" in found:
-            self.allowance = (int(found["r"]), float(found.get("t", 0)))
+        found = read_allowance(headers)
+        self.allowance = found or self.allowance
 
 
 def refusal(status: int, headers: Mapping[str, str], body: bytes, what: str, now_s: float) -> StoreError:
@@ -145,7 +144,9 @@ def refusal(status: int, headers: Mapping[str, str], body: bytes, what: str, now
     elif status == 429:
         text += ". The Hub's rate limit, which all nodes of a user share; uploads slow down by themselves"
     if status in _TRANSIENT or status >= 500:
-        return StoreError(text, permanent=False, retry_after_s=retry_after_s(headers, now_s))
+        wait_s = retry_after_s(headers, now_s)
+        # A 429 always asks to slow down, even where it does not say for how long.
+        return StoreError(text, permanent=False, retry_after_s=0.0 if wait_s is None and status == 429 else wait_s)
     held = status in _HELD or 300 <= status < 400
     return StoreError(text, permanent=not held, held=held)
 
@@ -162,6 +163,15 @@ def retry_after_s(headers: Mapping[str, str], now_s: float) -> float | None:
             pass
     found = dict(_LIMIT.findall(headers.get("RateLimit", "")))
     return float(found["t"]) if found.get("r") == "0" and "t" in found else None
+
+
+def read_allowance(headers: Mapping[str, str]) -> Allowance | None:
+    """Return what `RateLimit: "api";r=987;t=55` and `RateLimit-Policy: …;q=1000;w=300` say, or None. Pure."""
+    now, policy = (dict(_LIMIT.findall(headers.get(name, ""))) for name in ("RateLimit", "RateLimit-Policy"))
+    if "r" not in now:
+        return None
+    whole = Allowance(int(now["r"]), float(now.get("t", 0)), int(policy.get("q", 0)))
+    return whole._replace(window_s=float(policy["w"])) if int(policy.get("w", 0)) else whole
 
 
 def _said(body: bytes) -> str:

@@ -18,7 +18,7 @@ from obstore.store import ObjectStore, from_url
 
 from ranklog import fs
 from ranklog.errors import StoreError, UsageError
-from ranklog.stores.base import ObjectInfo, StoreOptions, Upload, check_key
+from ranklog.stores.base import Allowance, ObjectInfo, StoreOptions, Upload, check_key
 
 CONNECT_S = 10
 RETRIES_MAX = 2
@@ -60,6 +60,11 @@ class ObjectsStore:
         self.url = url
         self._remote = remote
         self._base = base
+
+    @property
+    def allowance(self) -> Allowance | None:
+        """None: requests are not counted here."""
+        return None
 
     def put(self, uploads: Sequence[Upload]) -> dict[str, StoreError | None]:
         """Store each file, a request each."""

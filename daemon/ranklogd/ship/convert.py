@@ -98,9 +98,7 @@ def convert_segment(path: Path, state: StateDir, *, values_max: int = VALUES_MAX
     discard_segment(path, state)
     failpoint("trim.unlink.after")
     evidence = walk.evidence
-    return replace(
-        converted, quarantined_records=evidence.records, damaged_stretches=evidence.damaged_stretches
-    )
+    return replace(converted, quarantined_records=evidence.records, damaged_stretches=evidence.damaged_stretches)
 
 
 def _open(name: str, buffer: memoryview) -> tuple[SegmentHeader, int, int]:
