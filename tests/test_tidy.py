@@ -32,7 +32,7 @@ PURE = {
 
 HEAVY = {"zmq", "pyarrow", "numpy", "duckdb", "huggingface_hub", "asyncio", "msgspec", "watchdog", "psutil", "pandas"}
 INGEST = ("ranklogd.server", "ranklogd.ingest", "ranklogd.adopt", "ranklogd.requests", "ranklogd.wal.log")
-CONVERTER = {"pyarrow", "numpy", "duckdb", "huggingface_hub", "msgspec", "obstore"}
+CONVERTER = {"pyarrow", "numpy", "duckdb", "huggingface_hub", "msgspec", "obstore", "hf_xet", "httpx2"}
 """What may stall or exhaust a process: never in the one that acknowledges records."""
 
 THIRD_PARTY = {
@@ -43,7 +43,9 @@ THIRD_PARTY = {
     "numpy": ("ranklogd.ship",),
     "msgspec": ("ranklogd.ship",),
     "huggingface_hub": ("ranklog.stores",),
-    "obstore": ("ranklog.stores",),
+    "hf_xet": ("ranklog.stores.xet",),
+    "httpx2": ("ranklog.stores.hub",),
+    "obstore": ("ranklog.stores.objects",),
     "watchdog": ("ranklogd.watch",),
     "psutil": ("ranklogd",),
 }
@@ -292,7 +294,7 @@ def test_tests_wait_for_conditions_and_do_not_sleep() -> None:
     sleeping = {
         path.name
         for path in (ROOT / "tests").rglob("*.py")
-        if "bench" not in path.parts
+        if not {"bench", "soak"} & set(path.parts)
         for call in calls(ast.parse(path.read_text(encoding="utf-8")))
         if ast.unparse(call.func) in ("time.sleep", "sleep")
     }

@@ -107,7 +107,7 @@ def fetch(store: Store, key: str, tmp_path: Path) -> bytes:
 @pytest.mark.parametrize("data", [b"", b"x", os.urandom(3 << 20)], ids=["empty", "one byte", "3 MiB"])
 def test_what_was_put_is_listed_sized_and_read_back_byte_for_byte(store, source, tmp_path, data):
     assert store.put([Upload(source(data), KEY)]) == {KEY: None}
-    assert store.head(KEY) == ObjectInfo(KEY, len(data))
+    assert store.heads([KEY]) == {KEY: ObjectInfo(KEY, len(data))}
     assert list(store.list("")) == [ObjectInfo(KEY, len(data))]
     assert fetch(store, KEY, tmp_path) == data
 
@@ -130,7 +130,7 @@ def test_changing_the_source_afterwards_does_not_change_the_object(store, source
 def test_an_empty_store_lists_nothing_and_has_nothing(store):
     assert list(store.list("")) == []
     assert list(store.list("v1/project_id=p/")) == []
-    assert store.head(KEY) is None
+    assert store.heads([KEY]) == {}
     store.delete([KEY])
 
 
@@ -185,7 +185,7 @@ def test_a_key_that_leaves_the_store_or_that_some_store_cannot_hold_is_refused_f
     error = store.put([Upload(source(b"x"), key)])[key]
     assert error is not None
     assert error.permanent
-    for refuse in (lambda: store.head(key), lambda: store.get(key, tmp_path / "t"), lambda: store.delete([key])):
+    for refuse in (lambda: store.heads([key]), lambda: store.get(key, tmp_path / "t"), lambda: store.delete([key])):
         with pytest.raises(StoreError) as refused:
             refuse()
         assert refused.value.permanent
@@ -227,11 +227,11 @@ def test_deleting_removes_the_named_objects_only_and_may_be_repeated(store, sour
 
 def test_a_directory_of_keys_is_no_object(store, source, tmp_path):
     store.put([Upload(source(b"x"), "a/b/c")])
-    assert store.head("a/b") is None
+    assert store.heads(["a/b"]) == {}
     with pytest.raises(StoreError):
         store.get("a/b", tmp_path / "t")
     store.put([Upload(source(b"xy"), "a/b/c/below-an-object")])  # Flat keys allow it, a directory does not.
-    assert store.head("a/b/c") == ObjectInfo("a/b/c", 1)
+    assert store.heads(["a/b/c"]) == {"a/b/c": ObjectInfo("a/b/c", 1)}
 
 
 def in_threads(count: int, work: Callable[[int], None]) -> None:

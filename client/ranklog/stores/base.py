@@ -85,8 +85,8 @@ class Store(Protocol):
         others alone; StoreError is raised only where the call failed as a whole.
         """
 
-    def head(self, key: str) -> ObjectInfo | None:
-        """Return the object's size as the store reports it, or None if there is no such object."""
+    def heads(self, keys: Sequence[str]) -> dict[str, ObjectInfo]:
+        """Return the sizes of these objects as the store itself reports them now; what is missing is not there."""
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Yield every object whose key starts with `prefix` (a plain string, "" for all), sorted by key.

@@ -96,8 +96,11 @@ class DirStore:
                     results.update(dict.fromkeys(keys, self._error(f"cannot make {directory} durable", exc)))
         return results
 
-    def head(self, key: str) -> ObjectInfo | None:
-        """Return the file's size; what is not a regular file is no object."""
+    def heads(self, keys: Sequence[str]) -> dict[str, ObjectInfo]:
+        """Look at each file; what is not a regular file is no object."""
+        return {key: info for key in keys if (info := self._head(key)) is not None}
+
+    def _head(self, key: str) -> ObjectInfo | None:
         check_key(key)
         try:
             info = os.stat(self.root / key, follow_symlinks=False)
@@ -116,7 +119,7 @@ class DirStore:
 
     def get(self, key: str, target: Path) -> None:
         """Copy the file beside `target`, whose directory must exist, and rename it there."""
-        if self.head(key) is None:
+        if self._head(key) is None:
             raise StoreError(f"no object {key} in {self.url}", permanent=True)
         temporary = _temporary_beside(target)
         try:

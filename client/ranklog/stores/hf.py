@@ -1,11 +1,11 @@
 """A Hugging Face Bucket as object store: hf://buckets/<namespace>/<bucket>[/prefix].
 
-    put     hash locally ─▶ what is there? ─▶ upload bytes ─▶ register paths ─▶ what is there now?
-            (one request)    paths-info          content store      batch           paths-info
+    put      hash locally ─▶ what is there? (paths-info) ─▶ bytes (content store) ─▶ register paths (batch)
+    heads    what is there now? (paths-info)
 
-The API can neither create-if-absent nor answer whether a lost request was applied: so a path is looked up before and
-after. Equal bytes that are there already are a success, other bytes are never overwritten, and nothing counts as
-stored before the bucket itself reports its hash. A batch is not a transaction: each path has its own fate.
+The API can neither create-if-absent nor answer whether a lost request was applied: so paths are looked up before.
+Equal bytes that are there already are a success, and other bytes are never overwritten. A batch is not a transaction:
+each path has its own fate. An upload and its verification cost three requests, however many files they are for.
 
 The bucket is created only where the user allowed it (`StoreOptions.create`), and never a second time: one that was
 seen before and is gone is for a person to judge.
@@ -102,7 +102,7 @@ class BucketStore:
     def _send(
         self, uploads: Sequence[Upload], hashes: dict[str, str], deadline: Deadline
     ) -> dict[str, StoreError | None]:
-        """Upload what is not there, register it, and ask the bucket what it has now."""
+        """Upload what is not there and register it; whether the bucket has it then is for `heads` to tell."""
         try:
             sent = self._content.upload(deadline, [upload.source for upload in uploads])
         except OSError as exc:
@@ -121,17 +121,7 @@ class BucketStore:
         for path, reason in failed.items():
             text = f"{self.url} did not take {path}: {reason[:200]}"
             results[path.removeprefix(self._base)] = StoreError(text, permanent=False)
-        there = self._look([upload.key for upload in uploads if upload.key not in results], deadline)
-        for upload in uploads:
-            if upload.key in results:
-                continue
-            file = there.get(upload.key)
-            if file is None:
-                text = f"{upload.key} was registered, but {self.url} does not report it"
-                results[upload.key] = StoreError(text, permanent=False)
-            else:
-                results[upload.key] = self._differs(upload.key, hashes[upload.key], file)
-        return results
+        return {upload.key: results.get(upload.key) for upload in uploads}
 
     def _differs(self, key: str, content_hash: str, there: _File) -> StoreError | None:
         if there.hash == content_hash:
@@ -193,11 +183,12 @@ class BucketStore:
             raise StoreError(f"{marker} cannot be written: {exc}", permanent=False) from exc
         self._seen = True
 
-    def head(self, key: str) -> ObjectInfo | None:
-        """Return the object's size; one request."""
-        check_key(key)
-        file = self._look([key], Deadline(self._options.deadline_s)).get(key)
-        return None if file is None else ObjectInfo(key, file.size_bytes)
+    def heads(self, keys: Sequence[str]) -> dict[str, ObjectInfo]:
+        """Look up all of them, a thousand in a request."""
+        for key in keys:
+            check_key(key)
+        found = self._look(keys, Deadline(self._options.deadline_s))
+        return {key: ObjectInfo(key, file.size_bytes) for key, file in found.items()}
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Ask page by page; each page is a request of its own with its own deadline."""

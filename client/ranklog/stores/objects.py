@@ -88,9 +88,6 @@ class ObjectsStore:
                 obstore.put(self._remote, self._base + upload.key, data, mode="create", use_multipart=False)
             except _TAKEN:
                 return self._compare(upload, data)
-        there = self.head(upload.key)
-        if there is None or there.size_bytes != len(data):
-            return StoreError(f"{upload.key} was sent, but {self.url} does not report it", permanent=False)
         return None
 
     def _compare(self, upload: Upload, data: bytes) -> StoreError | None:
@@ -99,8 +96,11 @@ class ObjectsStore:
             return None
         return StoreError(f"{self.url} holds other bytes under {upload.key}; nothing was overwritten", permanent=True)
 
-    def head(self, key: str) -> ObjectInfo | None:
-        """Return the object's size; one request."""
+    def heads(self, keys: Sequence[str]) -> dict[str, ObjectInfo]:
+        """Ask for each; a request each."""
+        return {key: info for key in keys if (info := self._head(key)) is not None}
+
+    def _head(self, key: str) -> ObjectInfo | None:
         check_key(key)
         with self._told(f"cannot look at {key}"):
             try:
