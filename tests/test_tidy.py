@@ -32,7 +32,7 @@ PURE = {
 
 HEAVY = {"zmq", "pyarrow", "numpy", "duckdb", "huggingface_hub", "asyncio", "msgspec", "watchdog", "psutil", "pandas"}
 INGEST = ("ranklogd.server", "ranklogd.ingest", "ranklogd.adopt", "ranklogd.requests", "ranklogd.wal.log")
-CONVERTER = {"pyarrow", "numpy", "duckdb", "huggingface_hub", "msgspec", "obstore"}
+CONVERTER = {"pyarrow", "numpy", "duckdb", "huggingface_hub", "msgspec", "obstore", "hf_xet", "httpx2"}
 """What may stall or exhaust a process: never in the one that acknowledges records."""
 
 THIRD_PARTY = {
@@ -43,7 +43,9 @@ THIRD_PARTY = {
     "numpy": ("ranklogd.ship",),
     "msgspec": ("ranklogd.ship",),
     "huggingface_hub": ("ranklog.stores",),
-    "obstore": ("ranklog.stores",),
+    "hf_xet": ("ranklog.stores.xet",),
+    "httpx2": ("ranklog.stores.hub",),
+    "obstore": ("ranklog.stores.objects",),
     "watchdog": ("ranklogd.watch",),
     "psutil": ("ranklogd",),
 }

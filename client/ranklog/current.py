@@ -237,9 +237,7 @@ def finish(exit_code: int | None = None, *, wait: str | None = "durable", timeou
 class CurrentConfig:
     """`ranklog.config`: the current run's settings. Before `init()`, changes cost one warning and are dropped."""
 
-    def update(
-        self, settings: Mapping[str, Any] | None = None, *, allow_val_change: bool = True, **more: Any
-    ) -> None:
+    def update(self, settings: Mapping[str, Any] | None = None, *, allow_val_change: bool = True, **more: Any) -> None:
         """Set several at once; see `Config.update`."""
         run = _run("config.update")
         if run is not None:

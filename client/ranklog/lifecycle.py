@@ -1,9 +1,9 @@
 """What happens to runs when their process forks or ends: hooks set once.
 
-    exit, sys.exit, exception, Ctrl-C    atexit: send what can be sent within a second, the rest is adopted
-    fork                                 the child lets go of the parent's files; it opens its own at its first record
-    multiprocessing child                leaves by os._exit, which skips atexit: a Finalize does the same work
-    SIGTERM, os._exit, SIGKILL           nothing runs: the daemon adopts
+exit, sys.exit, exception, Ctrl-C    atexit: send what can be sent within a second, the rest is adopted
+fork                                 the child lets go of the parent's files; it opens its own at its first record
+multiprocessing child                leaves by os._exit, which skips atexit: a Finalize does the same work
+SIGTERM, os._exit, SIGKILL           nothing runs: the daemon adopts
 """
 
 import atexit

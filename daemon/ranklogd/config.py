@@ -1,4 +1,4 @@
-"""Every option of the daemon, with unit, default, limits and reason; read once, frozen, checked here and nowhere else.
+"""Every option of the daemon, with unit, default and reason; read once, frozen, checked (`ranklogd.limits`).
 
     flags  >  RANKLOG_<FIELD>  >  TOML file  >  default
     systemd's STATE_DIRECTORY and RUNTIME_DIRECTORY win over all of them: only there may a hardened unit write
@@ -22,13 +22,12 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ranklog.config import SOCKET_NAME, SOCKET_PATH_SIZE_MAX, Settings, runtime_dir, state_dir, xdg_home
+from ranklog.config import SOCKET_NAME, Settings, runtime_dir, state_dir, xdg_home
 from ranklog.errors import UsageError
-from ranklog.start import NAME_SIZE_MAX
-from ranklog.stores.base import url_scheme
-from ranklogd.units import format_value, parse_duration, parse_mode, parse_size
+from ranklog.stores.base import StoreOptions, url_scheme
+from ranklogd.limits import check_value
+from ranklogd.units import parse_duration, parse_mode, parse_size
 
-_LOG_LEVELS = ("debug", "info", "warning", "error")
 _WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 _SYSTEMD = {"state_dir": "STATE_DIRECTORY", "runtime_dir": "RUNTIME_DIRECTORY"}
 
@@ -81,6 +80,14 @@ class Config:
     """Shards in one call to the store. More: fewer calls, which hubs count; more is sent again after a failure."""
     upload_deadline_s: float = 120.0
     """A call to the store that takes longer is given up where the store allows it, and reported in any case."""
+    upload_interval_min_s: float = 10.0
+    """The least time between two uploads, where the store counts requests (a Bucket). Shorter: earlier data."""
+    upload_interval_max_s: float = 1800.0
+    """The longest time between two uploads that sharing one rate limit with many nodes may lead to."""
+    token_file: Path | None = None
+    """A file with the Bucket's token, read for each request, so it may be replaced. Default: the Hub's own login."""
+    create_bucket: str = ""
+    """private or public: create the Bucket if it was never there. Empty: never; a missing one is reported."""
     retry_base_s: float = 1.0
     """The longest wait after a first failed upload. It doubles with each further one; a random part of it is taken."""
     retry_max_s: float = 300.0
@@ -100,14 +107,32 @@ class Config:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            _check(field.name, getattr(self, field.name))
+            check_value(field.name, field.type, getattr(self, field.name))
         if self.retry_base_s > self.retry_max_s:
             raise UsageError(f"retry_base_s={self.retry_base_s:g} is longer than retry_max_s={self.retry_max_s:g}")
+        if self.upload_interval_min_s > self.upload_interval_max_s:
+            limits = f"{self.upload_interval_min_s:g} is longer than {self.upload_interval_max_s:g}"
+            raise UsageError(f"upload_interval_min_s={limits}, which is upload_interval_max_s")
+
+    @property
+    def is_paced(self) -> bool:
+        """Whether uploads keep a pace: where the store counts requests, and all nodes of a user share the count."""
+        return url_scheme(self.to or "/") == "hf"
 
     @property
     def keeps_cache(self) -> bool:
         """Whether uploaded shards are kept: not where the store is a directory, which readers here can use as well."""
         return self.cache_size_bytes > 0 and url_scheme(self.to or "/") not in ("", "file")
+
+    @property
+    def store_options(self) -> StoreOptions:
+        """What a store needs to know beyond its URL."""
+        return StoreOptions(
+            deadline_s=self.upload_deadline_s,
+            token_file=self.token_file,
+            create=self.create_bucket,
+            seen_marker=self.state_dir / "bucket-seen",
+        )
 
     def settings(self, env: Mapping[str, str] | None = None) -> Settings:
         """Return the client's settings with this config's places: `ranklog.places` then finds what clients left."""
@@ -142,29 +167,6 @@ class Config:
 
 _FIELDS = {field.name: field for field in fields(Config)}
 _PATHS = frozenset(name for name, field in _FIELDS.items() if field.type in (Path, Path | None))
-_KINDS: dict[Any, tuple[type, ...]] = {float: (float, int), Path | None: (Path, type(None))}
-_LIMITS: dict[str, tuple[float, float]] = {
-    "socket_mode": (0o000, 0o777),
-    "commit_interval_s": (0, 0.1),  # Records must be durable within 250 ms, and the sender takes up to 100 of them.
-    "seal_size_bytes": (4 << 10, 1 << 30),
-    "seal_age_s": (0.01, 3600),
-    "disk_quota_bytes": (4 << 10, 1 << 60),
-    "disk_free_min_bytes": (0, 1 << 60),
-    "quota_per_uid_bytes": (0, 1 << 60),
-    "reserve_size_bytes": (0, 1 << 30),
-    "cache_age_s": (0, 10 * 366 * 86400),
-    "cache_size_bytes": (0, 1 << 60),
-    "rescan_interval_s": (0.01, 600),
-    "idle_exit_s": (0, 366 * 86400),
-    "stop_deadline_s": (0, 86400),
-    "upload_batch_max": (1, 1000),
-    "upload_deadline_s": (0.1, 3600),
-    "retry_base_s": (0.001, 3600),
-    "retry_max_s": (0.001, 86400),
-    "writers_max": (1, 1 << 20),
-    "writer_keep_s": (0, 366 * 86400),
-    "node_metrics_interval_s": (0, 3600),
-}
 
 
 def load_config(
@@ -223,7 +225,7 @@ def _parse(name: str, value: object, source: str) -> Any:
             parsed = float(parsed)
         if name == "socket_mode" and not isinstance(value, str):
             raise ValueError('write it as text with octal digits, such as "0660"')  # 660 and 0o660 look alike to TOML.
-        _check(name, parsed)
+        check_value(name, _FIELDS[name].type, parsed)
     except (ValueError, UsageError) as exc:
         raise UsageError(f"{source}={value!r}: {exc}") from exc
     return parsed
@@ -254,31 +256,6 @@ def _parse_text(name: str, text: str) -> object:
     return text
 
 
-def _check(name: str, value: object) -> None:
-    """Raise UsageError if a field may not have this value."""
-    kind: Any = _FIELDS[name].type
-    kinds = _KINDS.get(kind, (kind,))
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        raise UsageError(f"{name} is {value!r}, which is no {kinds[0].__name__}")
-    if name in _LIMITS:
-        low, high = _LIMITS[name]
-        assert isinstance(value, int | float)
-        if not low <= value <= high:  # What is not a number is outside, too.
-            limits = f"{format_value(name, low)} to {format_value(name, high)}"
-            raise UsageError(f"{name} is {value:g}, outside of its limits {limits}")
-    elif name == "log_level" and value not in _LOG_LEVELS:
-        raise UsageError(f"log_level is {value!r}; use one of {', '.join(_LOG_LEVELS)}")
-    elif name == "to" and value:
-        url_scheme(str(value))
-    elif name == "node" and len(str(value).encode("utf-8", "replace")) > NAME_SIZE_MAX:
-        raise UsageError(f"node is longer than {NAME_SIZE_MAX} bytes")
-    elif name == "socket" and len(os.fsencode(str(value))) > SOCKET_PATH_SIZE_MAX:
-        raise UsageError(
-            f"the socket's path {str(value)!r} has {len(os.fsencode(str(value)))} bytes; the kernel takes "
-            f"{SOCKET_PATH_SIZE_MAX}. Choose a shorter one: --runtime-dir /tmp/ranklog-{os.geteuid()}"
-        )
-
-
 def _with_places(config: Config, env: Mapping[str, str]) -> Config:
     """Fill in the defaults that depend on user and machine, by the same rules as the client."""
     uid = os.geteuid()
@@ -292,7 +269,14 @@ def _with_places(config: Config, env: Mapping[str, str]) -> Config:
         runtime_dir=runtime,
         socket=config.socket if config.socket != Path() else runtime / SOCKET_NAME,
         node=config.node or platform.node() or "unnamed",
+        token_file=config.token_file or _credential(env),
     )
+
+
+def _credential(env: Mapping[str, str]) -> Path | None:
+    """Return the token that systemd hands over (LoadCredential=hf_token), if it does."""
+    path = Path(env.get("CREDENTIALS_DIRECTORY", "/nonexistent")) / "hf_token"
+    return path if path.is_file() else None
 
 
 def notify_socket() -> str:

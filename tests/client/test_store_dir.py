@@ -97,7 +97,7 @@ def test_the_umask_decides_who_may_read_the_store(store, root, source, umask):
 def test_a_killed_put_leaves_no_object_and_the_next_one_succeeds(root, source, store):
     killed = put_in_a_process(root, source, RANKLOG_FAILPOINT="store.put.mid=kill")
     assert killed.returncode == -signal.SIGKILL
-    assert store.head(KEY) is None
+    assert store.heads([KEY]) == {}
     assert list(store.list("")) == []
     assert len(files(root)) == 1, "the leftover is there, so the listing really hid something"
     assert put_in_a_process(root, source).stdout == "None\n"
@@ -218,7 +218,7 @@ def test_a_file_where_a_directory_must_be_is_transient_for_a_person_can_move_it(
     error = store.put([Upload(source, KEY)])[KEY]
     assert error is not None
     assert not error.permanent
-    assert store.head(KEY) is None
+    assert store.heads([KEY]) == {}
     (root / "v1/project_id=p").unlink()
     assert store.put([Upload(source, KEY)]) == {KEY: None}
 
@@ -241,7 +241,7 @@ def test_something_else_than_a_file_at_the_key_is_permanent_and_never_listed(sto
         error = store.put([Upload(source, key)])[key]
         assert error is not None
         assert error.permanent
-        assert store.head(key) is None
+        assert store.heads([key]) == {}
         with pytest.raises(StoreError):
             store.get(key, tmp_path / "t")
     assert list(store.list("")) == []
@@ -264,6 +264,6 @@ def test_a_directory_that_cannot_be_read_is_an_error_and_not_an_empty_listing(ro
     with pytest.raises(StoreError):
         list(store.list(""))
     with pytest.raises(StoreError):
-        store.head(KEY)
+        store.heads([KEY])
     with pytest.raises(StoreError):
         store.put([Upload(source, KEY)])

@@ -131,7 +131,6 @@ def test_nan_stays_nan() -> None:
         ([1 << 70], ("json", [1 << 70])), (array.array("d", [0.5, 1.5]), ("json", [0.5, 1.5])),
         ("\ud800x", "?x"), (["\ud800x"], ("json", ["?x"])),
     ],
-    ids=repr,
 )  # fmt: skip
 def test_other_values_become_what_a_reader_expects(value: Any, expected: Any) -> None:
     found = kept({"k": value})["k"]
@@ -150,7 +149,6 @@ def test_other_values_become_what_a_reader_expects(value: Any, expected: Any) ->
         (np.timedelta64(1500, "ms"), 1.5), (np.array(["a", "b"]), ("json", ["a", "b"])), (np.complex64(1j), "1j"),
         ([np.float32(0.5), np.array([1, 2])], ("json", [0.5, [1, 2]])), (np.array([None], dtype=object), None),
     ],
-    ids=repr,
 )  # fmt: skip
 def test_numpy_values_become_numbers_and_lists(value: Any, expected: Any) -> None:
     found = kept({"k": value})["k"]
@@ -199,7 +197,6 @@ class Config:
         (Optim(), {"lr": 0.1, "betas": ("json", [0.9, 0.99])}),
         (Config(), {"layers": 2}), ({"a": 1}, {"a": 1}), (collections.OrderedDict(a=1), {"a": 1}), ({}, {}),
     ],
-    ids=repr,
 )  # fmt: skip
 def test_a_config_may_be_any_thing_with_named_parts(config: Any, expected: dict[str, Any]) -> None:
     warnings: list[str] = []
@@ -222,7 +219,6 @@ def test_what_is_no_dict_is_told_and_nothing_is_logged(metrics: Any) -> None:
         (b"raw", "raw"), ("a\nb\0", "a_b_"), ("\ud800", "_"), ("ß 🚀", "ß 🚀"), (Text("t"), "t"),
         ("k" * 256, "k" * 256),
     ],
-    ids=repr,
 )  # fmt: skip
 def test_keys_become_text_that_can_be_stored(key: Any, expected: str) -> None:
     assert list(kept({key: 1.0})) == [expected]
@@ -401,7 +397,6 @@ def test_a_clean_key_stays_clean(key: str) -> None:
         (Level.HIGH, 3), (LoudInt(2), 2), (decimal.Decimal(4), 4), (np.array([5]), 5), (None, None),
         (fractions.Fraction(6, 2), 3),
     ],
-    ids=repr,
 )  # fmt: skip
 def test_a_step_is_a_whole_number(step: Any, expected: int | None) -> None:
     warnings: list[str] = []

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from ranklog.errors import StoreError
 from ranklog.layout import Lsn, ShardKey, format_key
 from ranklog.stores import ObjectInfo, Upload, base
+from ranklog.stores.base import Allowance
 from ranklog.stores.dir import DirStore
 from ranklogd.config import Config
 from ranklogd.ship.upload import Uploader
@@ -24,6 +25,7 @@ class FakeStore:
     """A store that does as it is told: the seam at which every failure of a real one can be had on demand."""
 
     url = "mem://x"
+    allowance: Allowance | None = None
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
@@ -38,7 +40,7 @@ class FakeStore:
         """Say that it worked, and store nothing."""
         self.silent: set[str] = set()
         self.head_error: StoreError | None = None
-        self.heads: dict[str, int] = {}
+        self.sizes: dict[str, int] = {}
         self.block: threading.Event | None = None
 
     def put(self, uploads: Sequence[Upload]) -> dict[str, StoreError | None]:
@@ -58,12 +60,11 @@ class FakeStore:
             raise self.broken
         return {key: error for key, error in results.items() if key not in self.silent}
 
-    def head(self, key: str) -> ObjectInfo | None:
+    def heads(self, keys: Sequence[str]) -> dict[str, ObjectInfo]:
         if self.head_error is not None:
             raise self.head_error
-        if key in self.heads:
-            return ObjectInfo(key, self.heads[key])
-        return ObjectInfo(key, len(self.objects[key])) if key in self.objects else None
+        sizes = {key: len(data) for key, data in self.objects.items()} | self.sizes
+        return {key: ObjectInfo(key, sizes[key]) for key in keys if key in sizes}
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         yield from ()
@@ -327,7 +328,7 @@ def test_what_the_store_will_never_take_is_kept_as_a_dead_letter_and_the_others_
         house.store.head_error = NEVER
         good = []
     else:
-        house.store.heads = {bad: 3}
+        house.store.sizes = {bad: 3}
     assert house.drain() is None
     assert house.left() == []
     dead = house.state.deadletter / bad

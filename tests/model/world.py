@@ -550,6 +550,8 @@ class World:
         names = [path.name for room in (self.journal, self.spool) for path in room.iterdir()]
         # Without a start frame nobody knows whose it was: left alone, and told in the status.
         known = {Path(path).name for path in self.server._adopter.refused} & self.rotten
+        # A power cut may leave one file both here and as evidence there: a link is refused, and all of it is safe.
+        known |= {path.name for path in self.state.quarantine.iterdir()}
         return [name for name in names if not name.startswith(".") and name not in known]
 
     def _waiting(self) -> list[str]:

@@ -3,23 +3,50 @@
 One conformance suite (tests/client/test_store_contract.py) runs against every implementation. Objects are immutable:
 a key, once taken, keeps its bytes until it is deleted. Listing by prefix is the only index.
 
-A new kind of store is one module with a function `open_url(url) -> Store` and one line in `_MODULES`. It is imported
-only when a URL asks for it, so a directory store never loads a network library.
+A new kind of store is one module with a function `open_url(url, options) -> Store` and one line in `_MODULES`. It is
+imported only when a URL asks for it, so a directory store never loads a network library.
 """
 
 import importlib
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from ranklog.errors import StoreError, UsageError
+from ranklog.errors import MissingExtra, StoreError, UsageError
 
 KEY_SIZE_MAX = 1024
 """UTF-8 bytes of a key: the smallest limit among the stores we know."""
 
 _PART_SIZE_MAX = 255  # What a directory entry may be long on every filesystem we know.
 _BAD_CHARACTER = re.compile(r"[\x00-\x1f\x7f\\]")
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """What a store needs to know beyond its URL. A directory needs none of it."""
+
+    deadline_s: float = 120.0
+    """A call on a network store ends by then."""
+    token_file: Path | None = None
+    """Where the Hub's token stands; None: the Hub's own login."""
+    create: str = ""
+    """`private` or `public`: create a missing bucket, once. Empty: never."""
+    seen_marker: Path | None = None
+    """A file that says that the bucket was seen: from then on it is not created. None: never create."""
+
+
+class Allowance(NamedTuple):
+    """What a store that limits requests said last of its limit."""
+
+    left: int
+    """Requests that may still be made …"""
+    reset_s: float
+    """… within these seconds."""
+    limit: int = 0
+    """Requests in a whole window; 0: it did not say."""
+    window_s: float = 300.0
 
 
 class ObjectInfo(NamedTuple):
@@ -45,6 +72,10 @@ class Store(Protocol):
     url: str
     """Names this store in messages; `open_store` of it finds the same objects."""
 
+    @property
+    def allowance(self) -> Allowance | None:
+        """How many requests may still be made; None for a store that does not limit them, or never said."""
+
     def put(self, uploads: Sequence[Upload]) -> dict[str, StoreError | None]:
         """Store each file at its key; return what became of each: None for success. A key may stand there only once.
 
@@ -54,8 +85,8 @@ class Store(Protocol):
         others alone; StoreError is raised only where the call failed as a whole.
         """
 
-    def head(self, key: str) -> ObjectInfo | None:
-        """Return the object's size as the store reports it, or None if there is no such object."""
+    def heads(self, keys: Sequence[str]) -> dict[str, ObjectInfo]:
+        """Return the sizes of these objects as the store itself reports them now; what is missing is not there."""
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Yield every object whose key starts with `prefix` (a plain string, "" for all), sorted by key.
@@ -92,8 +123,15 @@ def check_key(key: str) -> None:
     raise StoreError(f"object key {key[:200]!r} is refused: {reason}", permanent=True)
 
 
-_MODULES = {"": "ranklog.stores.dir", "file": "ranklog.stores.dir"}
-"""URL scheme -> the module whose `open_url(url)` makes the store; "" is a plain path."""
+_MODULES = {
+    "": "ranklog.stores.dir",
+    "file": "ranklog.stores.dir",
+    "hf": "ranklog.stores.hf",
+    "s3": "ranklog.stores.objects",
+    "gs": "ranklog.stores.objects",
+    "az": "ranklog.stores.objects",
+}
+"""URL scheme -> the module whose `open_url(url, options)` makes the store; "" is a plain path."""
 
 
 def url_scheme(url: str) -> str:
@@ -111,7 +149,16 @@ def url_scheme(url: str) -> str:
     return scheme
 
 
-def open_store(url: str) -> Store:
-    """Return the store a URL names: a directory or file:// URL; raises UsageError for anything else. Does no I/O."""
-    store: Store = importlib.import_module(_MODULES[url_scheme(url)]).open_url(url)
+def open_store(url: str, options: StoreOptions | None = None) -> Store:
+    """Return the store a URL names, see `_MODULES`; raises UsageError, and MissingExtra where its library is absent.
+
+    Does no I/O.
+    """
+    module = _MODULES[url_scheme(url)]
+    try:
+        store: Store = importlib.import_module(module).open_url(url, options or StoreOptions())
+    except ModuleNotFoundError as exc:
+        if exc.name is None or exc.name.startswith("ranklog"):
+            raise
+        raise MissingExtra(f"the store {url}", "s3" if exc.name == "obstore" else "daemon", exc.name) from exc
     return store

@@ -24,7 +24,7 @@ from urllib.parse import unquote, urlsplit
 from ranklog import fs
 from ranklog.errors import StoreError, UsageError
 from ranklog.failpoint import failpoint
-from ranklog.stores.base import ObjectInfo, Upload, check_key
+from ranklog.stores.base import Allowance, ObjectInfo, StoreOptions, Upload, check_key
 
 STALE_AFTER_S = 3600
 """A temporary file that was not written to for so long belongs to nobody any more."""
@@ -36,7 +36,7 @@ _DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 _NO_DIR_SYNC = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF})
 
 
-def open_url(url: str) -> "DirStore":
+def open_url(url: str, _: StoreOptions) -> "DirStore":
     """Return the store of a path or a file:// URL; a relative path counts from here and now. Raises UsageError."""
     if not url.lower().startswith("file:"):
         try:
@@ -58,6 +58,11 @@ class DirStore:
         self.url = str(self.root)
         self._swept: dict[Path, float] = {}
         self._settled = False
+
+    @property
+    def allowance(self) -> Allowance | None:
+        """None: requests are not counted here."""
+        return None
 
     def put(self, uploads: Sequence[Upload]) -> dict[str, StoreError | None]:
         """Store each file; one fsync of a directory serves all objects put into it."""
@@ -104,8 +109,11 @@ class DirStore:
                 raise self._error(f"cannot make {self.root} durable", exc) from exc
         self._settled = True
 
-    def head(self, key: str) -> ObjectInfo | None:
-        """Return the file's size; what is not a regular file is no object."""
+    def heads(self, keys: Sequence[str]) -> dict[str, ObjectInfo]:
+        """Look at each file; what is not a regular file is no object."""
+        return {key: info for key in keys if (info := self._head(key)) is not None}
+
+    def _head(self, key: str) -> ObjectInfo | None:
         check_key(key)
         try:
             info = os.stat(self.root / key, follow_symlinks=False)
@@ -124,7 +132,7 @@ class DirStore:
 
     def get(self, key: str, target: Path) -> None:
         """Copy the file beside `target`, whose directory must exist, and rename it there."""
-        if self.head(key) is None:
+        if self._head(key) is None:
             raise StoreError(f"no object {key} in {self.url}", permanent=True)
         temporary = _temporary_beside(target)
         try:

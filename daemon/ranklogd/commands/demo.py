@@ -118,11 +118,7 @@ def _prepare(store: Path, run_id: str) -> _Places:
 
 
 def _run_job(places: _Places, run_id: str, args: argparse.Namespace, output_fd: int) -> int:
-    env = {
-        name: value
-        for name, value in environment().items()
-        if not name.startswith(_OTHERS) and name not in _OTHER
-    }
+    env = {name: value for name, value in environment().items() if not name.startswith(_OTHERS) and name not in _OTHER}
     env |= {
         "RANKLOG_RUN_ID": run_id,
         "RANKLOG_JOURNAL_DIR": str(places.node / "journal"),

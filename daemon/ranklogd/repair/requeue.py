@@ -103,7 +103,7 @@ def _dead_for(store: Store, path: Path, key: str, name: ShardKey) -> str:
     if trouble:
         return f"{trouble}: it must not be uploaded"
     try:
-        there = store.head(key)
+        there = store.heads([key]).get(key)
         hidden = hidden_by(store, name)
     except StoreError as exc:
         return f"the store cannot be asked: {exc}"

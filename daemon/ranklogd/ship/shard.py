@@ -73,16 +73,16 @@ def encode_shard(table: Table, node: str, store_id: str) -> Shard:
     with writer:
         for start in range(0, rows, ROW_GROUP_ROWS):
             writer.write_table(_row_group(table, slice(start, start + ROW_GROUP_ROWS)))
-        writer.add_key_value_metadata({
-            "ranklog.format": FORMAT,
-            "ranklog.segment": json.dumps([table.first_lsn, table.last_lsn]),
-            "ranklog.writers": json.dumps(table.writers),
-        })
+        writer.add_key_value_metadata(
+            {
+                "ranklog.format": FORMAT,
+                "ranklog.segment": json.dumps([table.first_lsn, table.last_lsn]),
+                "ranklog.writers": json.dumps(table.writers),
+            }
+        )
     data = sink.getvalue()
     digest = hashlib.sha256(data).hexdigest()[:12]
-    key = ShardKey(
-        slug(table.project), slug(table.run), slug(node), store_id, table.first_lsn, table.last_lsn, digest
-    )
+    key = ShardKey(slug(table.project), slug(table.run), slug(node), store_id, table.first_lsn, table.last_lsn, digest)
     return Shard(key, data, rows)
 
 

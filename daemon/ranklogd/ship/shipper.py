@@ -57,7 +57,7 @@ class Shipper:
         self.state = StateDir(config.state_dir)
         self._make_rooms()
         self.conversion = Conversion(self.state, config, clock=clock)
-        self.uploader = Uploader(store or open_store(config.to), self.state, config, clock=clock)
+        self.uploader = Uploader(store or open_store(config.to, config.store_options), self.state, config, clock=clock)
         self._config = config
         self._clock = clock
         self._before = self._counts = read_counts(self.state.shipper_report)

@@ -1,13 +1,13 @@
 """From the outbox to the store: put, verify, mark. The mark is the file leaving the outbox.
 
     read again, hash = the name's?   no: quarantine, for bad bytes must never be uploaded
-    put, head                        transient error: that run's shards wait, with full jitter, for ever
-                                     permanent error: deadletter/<key> with its reason, the others flow on
+    put, ask what is there           transient or held: it waits (`holds`), for ever if need be
+                                     permanent: the call is halved until the culprit is found, which goes to
+                                     deadletter/<key> with its reason; the others flow on
     outbox/… -> cache/<key>          or unlinked, where no cache is kept; directories synced
 
-Everything before the mark may happen twice: the same file goes to the same key. Backoff is kept for each folder (a
-run), so one directory that cannot be written to does not stop the neighbours; as soon as one that failed succeeds
-the store is back, and nobody waits any longer. Order within a run is kept.
+Everything before the mark may happen twice: the same file goes to the same key. Order within a run is kept. Where the
+store counts requests, uploads keep a pace (`pace`): a backlog makes larger calls, never more of them.
 
 `step` never sleeps: it does one batch and says when to call again, so whoever owns the loop can always be woken.
 """
@@ -19,16 +19,16 @@ import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from ranklog import fs
 from ranklog.errors import StoreError
 from ranklog.failpoint import failpoint
 from ranklog.layout import parse_key
-from ranklog.stores.base import Store, Upload
+from ranklog.stores.base import ObjectInfo, Store, Upload
 from ranklogd.config import Config
-from ranklogd.retry import backoff_s
+from ranklogd.ship.holds import RETRY_AFTER_MAX_S, Holds
 from ranklogd.ship.outbox import Outbox, folder_of, set_aside
+from ranklogd.ship.pace import Pace
 from ranklogd.statedir import StateDir
 
 _log = logging.getLogger("ranklogd.shipper")
@@ -38,9 +38,8 @@ _CHUNK_SIZE = 1 << 20
 _LISTED_MAX = 200  # Names tried beside a taken one in the quarantine.
 
 
-class _Hold(NamedTuple):
-    failures: int
-    until_s: float
+_BATCH_SIZE_MAX = 256 << 20
+"""Bytes of one call: they must get through before its deadline."""
 
 
 class Uploader:
@@ -70,7 +69,8 @@ class Uploader:
         self._config = config
         self._clock = clock
         self._dice = dice
-        self._holds: dict[str, _Hold] = {}
+        self._holds = Holds(base_s=config.retry_base_s, max_s=config.retry_max_s, dice=dice)
+        self._pace = Pace(config.upload_interval_min_s, config.upload_interval_max_s) if config.is_paced else None
         self._hurry = False
         self._unread_since_s: dict[str, float] = {}
 
@@ -79,10 +79,14 @@ class Uploader:
 
         Raises OSError if the state directory fails; calling again is then always right.
         """
-        if self._hurry:
-            self._hurry, self._holds = False, {}
+        hurry, self._hurry = self._hurry, False
+        if hurry:
+            self._holds.clear()
         self.outbox.refresh()
         now_s = self._clock()
+        wait_s = max(self._holds.store_wait_s(now_s), 0.0 if hurry or self._pace is None else self._pace.wait_s(now_s))
+        if wait_s > 0 and self.outbox.first_segment() is not None:
+            return wait_s
         batch = self._choose(now_s)
         if not batch:
             return self._rest(now_s)
@@ -102,36 +106,34 @@ class Uploader:
         self._hurry = True
 
     def next_try_s(self) -> float:
-        """Return seconds until something that failed is tried again; 0 if nothing waits for that."""
+        """Return seconds until something that waits is tried; 0 if nothing waits for its time."""
         now_s = self._clock()
-        return max(0.0, min((hold.until_s - now_s for hold in list(self._holds.values())), default=0.0))
+        return max(self._holds.next_s(now_s), 0.0 if self._pace is None else self._pace.wait_s(now_s))
 
     def _choose(self, now_s: float) -> list[Upload]:
         batch: dict[str, Upload] = {}
-        for upload in self.outbox.pending(lambda folder: self._is_held(folder, now_s)):
+        size_bytes = 0
+        for upload in self.outbox.pending(lambda folder: self._holds.is_held(folder, now_s)):
             # A key may wait twice, where somebody put a segment back: a store takes one at a time.
             batch.setdefault(upload.key, upload)
-            if len(batch) == self._config.upload_batch_max:
+            size_bytes += _size(upload.source)
+            if len(batch) == self._config.upload_batch_max or size_bytes >= _BATCH_SIZE_MAX:
                 break
         return list(batch.values())
-
-    def _is_held(self, folder: str, now_s: float) -> bool:
-        hold = self._holds.get(folder)
-        return hold is not None and hold.until_s > now_s
 
     def _rest(self, now_s: float) -> float | None:
         """Nothing can be sent now: tidy up, and return how long that will be so."""
         waiting = self.outbox.folders()
-        if any(not self._is_held(folder, now_s) for folder in waiting):
+        if any(not self._holds.is_held(folder, now_s) for folder in waiting):
             self.outbox.forget()
             self.outbox.refresh()
             waiting = self.outbox.folders()
         self.outbox.settle([])
-        self._holds = {folder: hold for folder, hold in self._holds.items() if folder in waiting}
+        self._holds.keep(waiting)
         if not self._holds:
             self.last_error = self.last_error_class = ""
             return None
-        return max(0.0, min(hold.until_s for hold in self._holds.values()) - now_s)
+        return self._holds.next_s(now_s)
 
     def _is_intact(self, upload: Upload, unread: dict[str, StoreError | None]) -> bool:
         """Return whether the file is what its name says; else move it to the quarantine, or note that it is gone.
@@ -168,18 +170,34 @@ class Uploader:
             given = self._store.put(uploads)
             failpoint("upload.sent.before_reply")
             unanswered = StoreError(f"{self._store.url} said nothing about it", permanent=False)
-            return {u.key: given.get(u.key, unanswered) or self._verify(u) for u in uploads}
+            results = {u.key: given.get(u.key, unanswered) for u in uploads}
+            results |= self._verify([u for u in uploads if results[u.key] is None])
         except StoreError as exc:
-            return dict.fromkeys((upload.key for upload in uploads), exc)
+            return self._failed(uploads, exc)
         finally:
             self.busy_since_s = None
+        if self._pace is not None:
+            self._pace.accepted(self._clock(), self._store.allowance, self._dice())
+        return results
 
-    def _verify(self, upload: Upload) -> StoreError | None:
+    def _failed(self, uploads: Sequence[Upload], error: StoreError) -> dict[str, StoreError | None]:
+        """A whole call failed: what will never be taken as it is may be one file's fault, so look for that one."""
+        if error.permanent and len(uploads) > 1:
+            middle = len(uploads) // 2
+            return self._send(uploads[:middle]) | self._send(uploads[middle:])
+        if not error.permanent:
+            now_s = self._clock()
+            self._holds.hold_store(error, now_s)
+            if self._pace is not None and error.retry_after_s is not None:
+                self._pace.refused(now_s, min(error.retry_after_s, RETRY_AFTER_MAX_S), self._dice())
+        return dict.fromkeys((upload.key for upload in uploads), error)
+
+    def _verify(self, uploads: Sequence[Upload]) -> dict[str, StoreError | None]:
         """Ask the store itself what it has: a put that only says it worked is not enough to let a file go."""
-        try:
-            there = self._store.head(upload.key)
-        except StoreError as exc:
-            return exc
+        there = self._store.heads([upload.key for upload in uploads]) if uploads else {}
+        return {upload.key: self._difference(upload, there.get(upload.key)) for upload in uploads}
+
+    def _difference(self, upload: Upload, there: ObjectInfo | None) -> StoreError | None:
         size_bytes = upload.source.stat().st_size
         if there is None:
             return StoreError(f"{upload.key} was sent, but {self._store.url} does not have it", permanent=False)
@@ -211,32 +229,38 @@ class Uploader:
 
     def _judge(self, uploads: Iterable[Upload], results: dict[str, StoreError | None]) -> None:
         """Hold the folders that failed and set aside what will never be taken; nobody waits once the store is back."""
+        succeeded = {folder_of(upload.key) for upload in uploads if results[upload.key] is None}
+        if self._holds.came_through(succeeded):
+            _log.info("upload_recovered store=%s", self._store.url)
+        now_s = self._clock()
         failed: dict[str, StoreError] = {}
-        succeeded: set[str] = set()
         for upload in uploads:
             error = results[upload.key]
             if error is None:
-                succeeded.add(folder_of(upload.key))
-            elif not error.permanent:
+                continue
+            if not error.permanent:
                 failed.setdefault(folder_of(upload.key), error)
-            else:
-                self._report(f"{upload.key} is in {self._state.deadletter}: {error}", "permanent")
-                set_aside(upload.source, self._state.deadletter / upload.key, str(error))
-        if succeeded & self._holds.keys():
-            _log.info("upload_recovered store=%s", self._store.url)
-            self._holds = {}
+                continue
+            self._report(f"{upload.key} is in {self._state.deadletter}: {error}", "permanent")
+            set_aside(upload.source, self._state.deadletter / upload.key, str(error))
+        whole = self._holds.store_wait_s(now_s) > 0
         for folder, error in failed.items():
-            failures = self._holds.get(folder, _Hold(0, 0.0)).failures + 1
-            wait_s = backoff_s(
-                failures, base_s=self._config.retry_base_s, max_s=self._config.retry_max_s, dice=self._dice()
-            )
-            self._holds[folder] = _Hold(failures, self._clock() + wait_s)
-            self._report(str(error), "transient")
+            if not whole:
+                self._holds.hold_folder(folder, error, now_s)
+            self._report(str(error), "held" if error.held else "transient")
 
     def _report(self, text: str, kind: str) -> None:
         if (text, kind) != (self.last_error, self.last_error_class):
             _log.warning("upload_failed class=%s error=%s", kind, text)
         self.last_error, self.last_error_class = text, kind
+
+
+def _size(path: Path) -> int:
+    """Return a file's size; 0 if somebody took it away."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _sha256(path: Path) -> str:
