@@ -4,7 +4,7 @@ whether every record had the fate it was promised. `world` says what is real in 
     rows 1–11, 13–16    kills at any call that changes a file, of each process, any number of times
     row 17              power cuts at any such call, over a disk that keeps as little as it may (`simfs`)
     rows 18, 19         ENOSPC on journal, spool, state; EIO of writes and fdatasyncs, with fsync's lies afterwards
-    rows 21, 23, 51     a byte destroyed in a segment or a spool file; absent daemons; adoption in any order
+    rows 21, 51         a byte destroyed in a segment or a spool file; absent daemons; adoption in any order
 
 Below the machine: sweeps over every crash point of one operation, what went wrong once, and negative controls: with a
 part of the order taken away, the same checks must find the loss.
