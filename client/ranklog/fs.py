@@ -34,6 +34,8 @@ def sync_dir(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
+    except OSError as exc:
+        raise OSError(exc.errno, exc.strerror, str(path)) from exc  # Of a descriptor, the kernel names no file.
     finally:
         os.close(fd)
 

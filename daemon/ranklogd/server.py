@@ -153,6 +153,7 @@ class Server:
 
     def _ask_seal(self) -> None:
         self._seal_asked = True
+        self._shipper.hurry()
 
     def _scan(self, include_offline: bool) -> None:  # noqa: FBT001
         self._adopter.scan(include_offline=include_offline)
@@ -249,6 +250,7 @@ class Server:
         failpoint("shutdown.seal.after")
         self._upload_rest(began_s + deadline_s, stop_now)
         self._shipper.kill()
+        self._look_again_s = 0.0  # The last word must not be from the last look.
         marks = self._marks()
         return marks.received - marks.uploaded
 

@@ -12,7 +12,7 @@ import os
 import resource
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,17 +82,26 @@ def prepare(config: Config) -> StateDir:
         places.ensure_private_dir(path)
     for room in state.rooms:
         fs.make_dir(room)
+        places.ensure_private_dir(room)  # While the state directory was open to others, they may have put one there.
     for path in (state.root, state.root.parent):
         with contextlib.suppress(PermissionError):  # A start that was killed may have made a room and not synced it.
             fs.sync_dir(path)
-        places.ensure_private_dir(room)  # While the state directory was open to others, they may have put one there.
     return state
 
 
 def assemble(
-    config: Config, state: StateDir, notify: Notifier, *, lock_wait_s: float, stopped: Callable[[float], bool]
+    config: Config,
+    state: StateDir,
+    notify: Notifier,
+    *,
+    lock_wait_s: float,
+    stopped: Callable[[float], bool],
+    bring_in: Sequence[Path] = (),
 ) -> Parts:
-    """Start a daemon up to the point where clients can connect; raises Busy, OSError, FormatError."""
+    """Start a daemon up to the point where clients can connect; raises Busy, OSError, FormatError.
+
+    With `bring_in`, directories that may be copies, only these are looked into for dead writers.
+    """
     socket_lock = config.socket.with_name(f"{config.socket.name}.lock")
     lock_fds = (
         take_lock(state.lock, state.root, "--state-dir", wait_s=lock_wait_s, stopped=stopped),
@@ -103,6 +112,9 @@ def assemble(
     found = recover(state, int(time.time()))
     for note in found.notes:
         log.warning("wal_recovered %s", note)
+    if bring_in:
+        # The state directory may be a copy, and its twin may live and give the same lsns to other records.
+        found.store_id = secrets.token_hex(8)
     writers = Writers(found.marks.values())
     wal = Wal(state.wal, WalIdentity(config.node, found.store_id, boot_id()), Lsn(found.next_lsn), writers.marks)
     seal_leftovers(state, found, wal.first_lsn)
@@ -123,7 +135,8 @@ def assemble(
         disk_full=lambda: disk.reason,
         shares=Shares(config.quota_per_uid_bytes),
     )
-    adopter = Adopter(ingest, lambda: places.adoption_dirs(settings), state.quarantine)
+    find = (lambda: list(bring_in)) if bring_in else (lambda: places.adoption_dirs(settings))
+    adopter = Adopter(ingest, find, state.quarantine, any_owner=bool(bring_in))
     adopter.scan()
     socket = DaemonSocket(config.socket, config.socket_mode, _group(config))
     watch = Watch(adopter.directories)

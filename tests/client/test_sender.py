@@ -96,7 +96,8 @@ def test_a_journal_that_is_half_full_is_spilled_although_the_daemon_is_there(tmp
         wait_for(lambda: len(client.spooled()) > 20, "the oldest are moved to disk", 1.5)
         wait_for(lambda: not client.journal.crowded, "there is room again")
         assert client.sender.state == State.ATTACHED
-        assert client.spooled() == list(range(len(client.spooled())))
+        spooled = client.spooled()
+        assert spooled == list(range(len(spooled)))
         client.sender.stop(5)
 
 
