@@ -4,7 +4,7 @@ Every case goes from the bytes on disk to the parquet with the real code (`rot.Y
 conversion, upload; then the trainers go on, and the oracle judges. The promise: damage costs the records whose bytes it
 hit and no other, each of them lies in a gap row, the original is kept byte for byte, and the daemon goes on by itself.
 
-Sweeps run over every second byte here, each flipped in one way; `-m full` runs over each of them in more ways.
+Sweeps run over every fourth byte here, each flipped in one way; `-m full` runs over each of them in more ways.
 """
 
 import json
