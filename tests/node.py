@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DEADLINE_S = 30.0
 
 
-def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = DEADLINE_S) -> Any:
+def wait_for(condition: Callable[[], Any], what: str | Callable[[], str], timeout_s: float = DEADLINE_S) -> Any:
     """Return the first true value of `condition`; fail with `what` after the deadline."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -31,7 +31,7 @@ def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = DEADLIN
             return value
         with suppress(InterruptedError):
             time.sleep(0.01)  # The pause of a poll, not a wait that hopes: the deadline decides.
-    raise AssertionError(f"after {timeout_s:g} s still not: {what}")
+    raise AssertionError(f"after {timeout_s:g} s still not: {what if isinstance(what, str) else what()}")
 
 
 class Node:
@@ -45,6 +45,8 @@ class Node:
         self.spool, self.state, self.data = path / "spool", path / "state", path / "data"
         self.url = str(self.data)
         self.daemons: list[subprocess.Popen[bytes]] = []
+        self.wrapper: list[str] = []
+        """A command that becomes the daemon (exec), after it has prepared its surroundings."""
         base = {
             k: v for k, v in os.environ.items() if not k.startswith(("RANKLOG_", "XDG_", "TORCHELASTIC_", "SLURM_"))
         }
@@ -79,9 +81,8 @@ class Node:
     def start_daemon(self, *flags: str, **env: str) -> subprocess.Popen[bytes]:
         """Start a daemon and wait until it answers."""
         log = (self.path / "daemon.log").open("ab")
-        daemon = subprocess.Popen(
-            [sys.executable, "-m", "ranklogd", *flags], env=self.env | env, stdout=log, stderr=log, cwd=self.path
-        )
+        command = [*self.wrapper, sys.executable, "-m", "ranklogd", *flags]
+        daemon = subprocess.Popen(command, env=self.env | env, stdout=log, stderr=log, cwd=self.path)
         log.close()
         self.daemons.append(daemon)
         wait_for(lambda: self.ping() == daemon.pid or daemon.poll() is not None, "the daemon answers")

@@ -14,6 +14,7 @@ The typing rule is written down here a second time, from the design, and not imp
 """
 
 import json
+import os
 import struct
 import sys
 import uuid
@@ -208,7 +209,12 @@ def check_bounds(node: Node) -> None:
     for pid, bound in ((node.ping(), INGEST_RSS_MAX), (shipper, SHIPPER_RSS_MAX)):
         assert peak_rss(pid) < bound, f"I5 process {pid} used {peak_rss(pid) >> 20} MiB, {bound >> 20} are allowed"
     outbox = node.state / "outbox"
-    wait_for(lambda: not [path for path in outbox.rglob("*") if path.is_file()], "I8 the outbox is empty")
+    wait_for(lambda: not files_below(outbox), "I8 the outbox is empty")
+
+
+def files_below(directory: Path) -> list[Path]:
+    """Return the files in a directory that somebody else may be emptying, sorted."""
+    return sorted(Path(room, name) for room, _, names in os.walk(directory) for name in names)
 
 
 def peak_rss(pid: int) -> int:

@@ -9,11 +9,14 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from hub.server import Hub
 from node import ROOT, Node
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,7 +39,13 @@ NEEDS = {"torch": "torch", "import pandas": "pandas", "import polars": "polars"}
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A directory with the README's training script, whose PATH has this checkout's commands and nothing else new."""
-    with Node(tmp_path_factory.mktemp("readme")) as node:
+    with furnished(tmp_path_factory.mktemp("readme")) as node:
+        yield node
+
+
+@contextmanager
+def furnished(path: Path) -> Iterator[Node]:
+    with Node(path) as node:
         commands = node.path / "bin"
         commands.mkdir()
         modules = {"ranklog": "ranklog.cli", "ranklogd": "ranklogd", "torchrun": "torch.distributed.run"}
@@ -81,8 +90,51 @@ def test_a_reader_prints_the_losses_that_were_logged(logs, block):
     assert re.search(r"\b(1\.0|0\.5|0\.01|1|20\d|30\d|2\d\d)\b", run(logs, block).stdout)
 
 
+BUCKET_READERS = [b for b in BLOCKS if b.tag == "bucket"]
+
+
+@pytest.fixture(scope="module")
+def bucket(place, tmp_path_factory):
+    """What `ranklog run` left in a bucket of a Hub; the node's environment leads there."""
+    path = tmp_path_factory.mktemp("bucket")
+    with Hub(path / "hub") as hub:
+        place.env |= {
+            "HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token("you"), "HF_HOME": str(path / "home"),
+            "HF_XET_CACHE": str(path / "xet"), "RANKLOG_READ_CACHE_DIR": str(path / "cache"),
+        }  # fmt: skip
+        hub.buckets.create("you/logs", private=True)
+        run(place, Block("bash", "", "ranklog run --to hf://buckets/you/logs -- python train.py"))
+        yield place
+
+
+@pytest.mark.parametrize("block", BUCKET_READERS, ids=lambda block: block.name)
+def test_a_reader_prints_the_losses_that_are_in_the_bucket(bucket, block):
+    for words, module in NEEDS.items():
+        if words in block.text:
+            pytest.importorskip(module, reason='pip install -e ".[test-all]"')
+    assert re.search(r"\b(1\.0+|0\.5|100)\b", run(bucket, block).stdout)
+
+
+def test_the_section_on_the_bucket_runs_as_written_from_a_bucket_that_is_not_there_to_three_runs_in_it(tmp_path):
+    with Hub(tmp_path / "hub") as hub, furnished(tmp_path) as node:
+        node.env |= {
+            "HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token("you"), "HF_HOME": str(tmp_path / "home"),
+            "HF_XET_CACHE": str(tmp_path / "xet"), "RANKLOG_UPLOAD_INTERVAL_MIN_S": "0.5",
+        }  # fmt: skip
+        said = [run(node, block) for block in BLOCKS if block.tag == "upload"]
+        assert len(said) == 3
+        assert "hf://buckets/you/logs answers" in said[1].stdout
+        assert "1 writer brought in" in said[2].stdout
+        assert len({key.split("/")[2] for key in hub.buckets.get("you/logs").files}) == 3
+
+
+def test_the_table_of_the_fleet_is_what_the_simulation_prints():
+    command = [sys.executable, "-m", "tests.bench.fleet"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() in README
+
+
 def test_every_block_is_run_or_known():
-    known = {"install", "tests", "read", "torch", "train.py", ""}
+    known = {"install", "tests", "read", "bucket", "upload", "torch", "train.py", ""}
     assert {b.tag for b in BLOCKS if b.language in ("bash", "python")} <= known
     assert {b.language for b in BLOCKS} <= {"bash", "python", "text"}
 
@@ -90,7 +142,9 @@ def test_every_block_is_run_or_known():
 def test_the_first_command_works_in_a_new_environment(tmp_path):
     """Slow but honest: a fresh clone, a new virtual environment, the README's line, the demo's proof."""
     clone, venv = tmp_path / "clone", tmp_path / "venv"
-    kept = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
+    kept = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     for name in kept.stdout.splitlines():
         if (ROOT / name).is_file():
             (clone / name).parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +153,9 @@ def test_the_first_command_works_in_a_new_environment(tmp_path):
     env = {k: v for k, v in os.environ.items() if not k.startswith(("RANKLOG_", "PYTHON"))}
     env |= {"PATH": f"{venv / 'bin'}:{os.environ['PATH']}", "HOME": str(tmp_path)}
     line = next(b.text for b in BLOCKS if b.tag == "install")
-    done = subprocess.run(["bash", "-c", line], cwd=clone, env=env, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=clone, env=env, capture_output=True, text=True, timeout=600, check=False
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 

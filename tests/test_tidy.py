@@ -27,6 +27,7 @@ HANDS = {"os", "time", "threading", "socket", "select", "subprocess", "fcntl", "
 PURE = {
     "ranklog.frame", "ranklog.start", "ranklog.wire", "ranklog.layout", "ranklog.names", "ranklog.launcher",
     "ranklog.values", "ranklogd.sequence", "ranklogd.seal", "ranklogd.retry", "ranklogd.wal.segment",
+    "ranklogd.wal.salvage",
 }  # fmt: skip
 """These say they are pure, and go on saying so."""
 
@@ -44,7 +45,7 @@ THIRD_PARTY = {
     "msgspec": ("ranklogd.ship",),
     "huggingface_hub": ("ranklog.stores",),
     "hf_xet": ("ranklog.stores.xet",),
-    "httpx2": ("ranklog.stores.hub",),
+    "httpx2": ("ranklog.stores.hub", "ranklog.stores.events"),
     "obstore": ("ranklog.stores.objects",),
     "watchdog": ("ranklogd.watch",),
     "psutil": ("ranklogd",),

@@ -74,6 +74,12 @@ class Settings:
     """One journal file. Smaller: less memory held by an idle writer; larger: fewer files under load."""
     spool_size_bytes: int = 1 << 30
     """One writer's records on disk while no daemon takes them. Past it the newest are refused, and a gap says so."""
+    token_file: Path | None = None
+    """Where readers find the Hub's token; None: the Hub's own login."""
+    read_cache_dir: Path
+    """Where readers keep shards that they fetched from a bucket. They are files like those of a directory store."""
+    read_cache_size_bytes: int = 4 << 30
+    """Of these, what is kept for later; the least recently read go first. A run of 50 M values is about 0.3 GB."""
     flush_interval_s: float = 0.1
     """How often the sender looks for new records. Longer: fewer wake-ups beside the training, later durability."""
     uid: int
@@ -107,6 +113,10 @@ class Settings:
             journal_size_bytes=_size(env, "RANKLOG_JOURNAL_SIZE_BYTES", cls.journal_size_bytes),
             journal_file_size_bytes=_size(env, "RANKLOG_JOURNAL_FILE_SIZE_BYTES", cls.journal_file_size_bytes),
             spool_size_bytes=_size(env, "RANKLOG_SPOOL_SIZE_BYTES", cls.spool_size_bytes),
+            token_file=_path(env, "RANKLOG_TOKEN_FILE"),
+            read_cache_dir=_path(env, "RANKLOG_READ_CACHE_DIR")
+            or xdg_home(env, "XDG_CACHE_HOME", ".cache", uid) / "ranklog" / "shards",
+            read_cache_size_bytes=_size(env, "RANKLOG_READ_CACHE_SIZE_BYTES", cls.read_cache_size_bytes),
             flush_interval_s=_seconds(env, "RANKLOG_FLUSH_INTERVAL_S", cls.flush_interval_s),
             uid=uid,
             xdg_runtime=xdg_runtime(env, uid),

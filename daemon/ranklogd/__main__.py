@@ -21,6 +21,7 @@ from ranklogd.config import Config, load_config, notify_socket
 from ranklogd.flags import add_flags, flag_values
 from ranklogd.lock import EXIT_BUSY, Busy
 from ranklogd.notify import Notifier
+from ranklogd.secrecy import forbid_core_file
 from ranklogd.server import Server, StopFlag
 from ranklogd.setup import LOCK_WAIT_S, assemble, prepare
 
@@ -37,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--lock-wait", type=float, default=LOCK_WAIT_S, metavar="S", help="wait this long for another daemon to go"
     )
+    parser.add_argument(
+        "--bring-in", type=Path, action="append", default=[], metavar="DIR",
+        help="adopt what lies here and nowhere else, whoever owns it, under a store id of its own: ranklog sync DIR",
+    )  # fmt: skip
     add_flags(parser)
     arguments = parser.parse_args(argv)
     try:
@@ -47,11 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.check_config:
         sys.stdout.write(config.to_json() + "\n")
         return 0
-    return serve(config, arguments.lock_wait)
+    return serve(config, arguments.lock_wait, arguments.bring_in)
 
 
-def serve(config: Config, lock_wait_s: float) -> int:
+def serve(config: Config, lock_wait_s: float, bring_in: Sequence[Path] = ()) -> int:
     """Run a daemon with this configuration until it is told to stop; return the exit code."""
+    forbid_core_file()
     stop, hurry = StopFlag(), StopFlag()
     asked = threading.Event()
 
@@ -70,7 +76,7 @@ def serve(config: Config, lock_wait_s: float) -> int:
     notify = Notifier(notify_socket())
     try:
         state = prepare(config)
-        parts = assemble(config, state, notify, lock_wait_s=lock_wait_s, stopped=asked.wait)
+        parts = assemble(config, state, notify, lock_wait_s=lock_wait_s, stopped=asked.wait, bring_in=bring_in)
     except UsageError as exc:
         return _fail(exc, EXIT_CONFIG)
     except Busy as exc:

@@ -36,7 +36,10 @@ REFUSED_MAX = 1000  # Anybody can litter a directory; what is told about it has 
 class Adopter:
     """Finds and replays the files of dead writers. Owned by the server loop."""
 
-    def __init__(self, ingest: Ingest, directories: Callable[[], list[Path]], quarantine: Path) -> None:
+    def __init__(
+        self, ingest: Ingest, directories: Callable[[], list[Path]], quarantine: Path, *, any_owner: bool = False
+    ) -> None:
+        """`any_owner`: in a copied tree all files belong to whoever copied it."""
         self.directories: list[Path] = []
         """Where the last scan looked."""
         self.adopted = 0
@@ -54,6 +57,7 @@ class Adopter:
         self._ingest = ingest
         self._find = directories
         self._quarantine = quarantine
+        self._any_owner = any_owner
         self._queue: list[tuple[str, list[Path]]] = []
         self._current: Iterator[None] | None = None
         self._include_offline = False
@@ -125,8 +129,10 @@ class Adopter:
                     continue
                 if orphan is None:
                     continue
-                orphans.append(orphan)
                 uid = orphan.uid if uid is None else uid
+                if self._any_owner:
+                    orphan = orphan._replace(uid=uid)
+                orphans.append(orphan)
                 if orphan.uid == uid and orphan.alive:
                     return
             yield from self._replay([orphan for orphan in orphans if self._is_due(orphan, uid)], whole=whole)

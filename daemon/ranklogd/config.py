@@ -17,7 +17,7 @@ import json
 import os
 import platform
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ class Config:
     """The daemon's options. Paths are absolute and all defaults filled in, once `load_config` made it."""
 
     to: str = ""
-    """Store that the shards go to: a directory, or a URL. Default: $XDG_DATA_HOME/ranklog, so that it works at once."""
+    """Where shards go: a directory, hf://buckets/USER/NAME, s3://, gs:// or az://. Default: $XDG_DATA_HOME/ranklog."""
     state_dir: Path = Path()
     """WAL, outbox, quarantine: what outlives a crash, on a disk of this node. Default: $XDG_STATE_HOME/ranklog."""
     runtime_dir: Path = Path()
@@ -76,8 +76,8 @@ class Config:
     """Exit after so long without a writer or anything left to upload; for daemons started by a client. 0: stay."""
     stop_deadline_s: float = 60.0
     """On SIGTERM, go on uploading for at most so long. What remains is uploaded after the next start."""
-    upload_batch_max: int = 64
-    """Shards in one call to the store. More: fewer calls, which hubs count; more is sent again after a failure."""
+    upload_batch_max: int = 0
+    """Shards in one call to the store. More: fewer calls; fewer: less again after a failure. 0: as the store likes."""
     upload_deadline_s: float = 120.0
     """A call to the store that takes longer is given up where the store allows it, and reported in any case."""
     upload_interval_min_s: float = 10.0
@@ -122,7 +122,17 @@ class Config:
     @property
     def keeps_cache(self) -> bool:
         """Whether uploaded shards are kept: not where the store is a directory, which readers here can use as well."""
-        return self.cache_size_bytes > 0 and url_scheme(self.to or "/") not in ("", "file")
+        return self.cache_size_bytes > 0 and self.is_remote
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the store is reached over the network, and so promises that each call has an end."""
+        return url_scheme(self.to or "/") not in ("", "file")
+
+    @property
+    def batch_max(self) -> int:
+        """Shards in one call: where calls are counted, a backlog must make them larger, never more of them."""
+        return self.upload_batch_max or (1000 if self.is_paced else 64)
 
     @property
     def store_options(self) -> StoreOptions:
@@ -277,6 +287,11 @@ def _credential(env: Mapping[str, str]) -> Path | None:
     """Return the token that systemd hands over (LoadCredential=hf_token), if it does."""
     path = Path(env.get("CREDENTIALS_DIRECTORY", "/nonexistent")) / "hf_token"
     return path if path.is_file() else None
+
+
+def environment() -> MutableMapping[str, str]:
+    """Return this process's environment, to be handed on (`ranklogd.secrecy`)."""
+    return os.environ
 
 
 def notify_socket() -> str:

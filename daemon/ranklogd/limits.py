@@ -27,7 +27,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "rescan_interval_s": (0.01, 600),
     "idle_exit_s": (0, 366 * 86400),
     "stop_deadline_s": (0, 86400),
-    "upload_batch_max": (1, 1000),
+    "upload_batch_max": (0, 1000),
     "upload_deadline_s": (0.1, 3600),
     "upload_interval_min_s": (0.01, 86400),
     "upload_interval_max_s": (0.01, 86400),

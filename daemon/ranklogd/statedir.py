@@ -9,6 +9,7 @@ cache/<key>              uploaded and verified shards, kept for local readers un
 deadletter/<key>         shards the store will never take, with a .reason beside each; sent again on request only
 quarantine/              originals of what could not be read, with a .reason beside each; never deleted by the daemon
 reserve                  bytes given back when the disk is full, so that deletes and renames still work
+xet/                     the Hub library's own cache; wiped whenever a shipper starts
 shipper.json             the shipper's counters, replaced whole; rebuilt at any time
 """
 
@@ -56,6 +57,11 @@ class StateDir:
     def reserve(self) -> Path:
         """The reserve file."""
         return self.root / "reserve"
+
+    @property
+    def xet(self) -> Path:
+        """The content store's cache."""
+        return self.root / "xet"
 
     @property
     def shipper_report(self) -> Path:

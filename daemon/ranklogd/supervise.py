@@ -1,7 +1,8 @@
 """The shipper as a child process: started, restarted with growing pauses, stopped. Killing it loses nothing.
 
-Its configuration goes through stdin, so nothing of it is in argv; stdin stays open as long as this process lives, so
-that the shipper sees when its parent is gone. It inherits neither the state lock nor the socket.
+Its configuration goes through stdin, so nothing of it is in argv, nor any secret in its environment; stdin stays open
+as long as this process lives, so that the shipper sees when its parent is gone, and a line on it says "hurry". It
+inherits neither the state lock nor the socket.
 """
 
 import logging
@@ -9,6 +10,11 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
+
+from ranklogd.config import Config, environment
+from ranklogd.secrecy import pack, shipper_environment
+from ranklogd.statedir import StateDir
 
 log = logging.getLogger("ranklogd")
 
@@ -16,6 +22,10 @@ RESTART_S_MIN = 0.5
 RESTART_S_MAX = 30.0
 SETTLED_S = 60.0
 """A shipper that lived so long was sound: its death starts no longer pause than a first one."""
+EXIT_HUNG = 70
+"""The shipper ended itself: a call to the store had not come back long after its deadline, and never would."""
+HURRY = b"hurry\n"
+"""What a line on its stdin asks for: upload now what waits."""
 
 
 class ShipperProcess:
@@ -23,7 +33,9 @@ class ShipperProcess:
 
     def __init__(self, config_json: str) -> None:
         self.restarts = 0
-        self._config = config_json.encode()
+        xet_cache = StateDir(Config.from_json(config_json).state_dir).xet
+        self._environment, hidden = shipper_environment(environment(), xet_cache)
+        self._told = pack(config_json, hidden).encode()
         self._process: subprocess.Popen[bytes] | None = None
         self._start_at_s = self._started_s = 0.0
         self._pause_s = RESTART_S_MIN
@@ -42,7 +54,7 @@ class ShipperProcess:
             code = self._process.poll()
             if code is None:
                 return
-            self._give_up(now_s, f"exit code {code}")
+            self._give_up(now_s, f"exit code {code}", hung=code == EXIT_HUNG)
         if now_s < self._start_at_s:
             return
         try:
@@ -50,6 +62,7 @@ class ShipperProcess:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "ranklogd.ship.shipper"],
                 stdin=subprocess.PIPE,
+                env=self._environment,
                 bufsize=0,
                 process_group=0,
             )
@@ -59,15 +72,22 @@ class ShipperProcess:
         self._started_s = now_s
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(self._config + b"\n")
+            self._process.stdin.write(self._told + b"\n")
         except BrokenPipeError:
             return  # It died at once; the next call sees that.
+        os.set_blocking(self._process.stdin.fileno(), False)
 
-    def _give_up(self, now_s: float, why: str) -> None:
+    def hurry(self) -> None:
+        """Ask it to upload what waits without keeping its pace."""
+        if self._process is not None and self._process.stdin is not None:
+            with suppress(OSError):  # Gone, or so many times asked that the pipe is full.
+                self._process.stdin.write(HURRY)
+
+    def _give_up(self, now_s: float, why: str, *, hung: bool = False) -> None:
         if self._process is not None:
             assert self._process.stdin is not None
             self._process.stdin.close()
-            if now_s - self._started_s >= SETTLED_S:
+            if hung or now_s - self._started_s >= SETTLED_S:
                 self._pause_s = RESTART_S_MIN
         log.warning("shipper_down reason=%r pause_s=%g", why, self._pause_s)
         self._process = None

@@ -89,7 +89,9 @@ def simulate(
         now_s, node = heapq.heappop(turns)
         if outage_s[0] <= now_s < outage_s[1]:
             failures[node] += 1
+            paces[node].spent(now_s, rng.random())
             wait_s = backoff_s(failures[node], base_s=1.0, max_s=300.0, dice=rng.random())
+            wait_s = max(wait_s, paces[node].wait_s(now_s))
         elif all(hub.call(now_s) for _ in range(CALLS)):
             if now_s > end_s / 4 and not outage_s[1]:
                 lags_s.append(now_s - last_s[node])

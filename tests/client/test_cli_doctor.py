@@ -17,8 +17,10 @@ from pathlib import Path
 
 import pytest
 
+import s3
 from cli import environment, ranklog
 from harness import Peer, small_tmpfs
+from hub.server import Hub
 from node import Node, wait_for
 from ranklog import wire
 from ranklog.places import filesystem_type
@@ -58,12 +60,16 @@ def examined(home: Path, *flags: str, code: int | None = None, **env: str) -> li
 
 def the(found: list[Finding], check: str, level: Level, words: str) -> Finding:
     """Return the one finding of that check and level with these words in it."""
-    [match] = [finding for finding in found if (finding.check, finding.level) == (check, level) and words in finding.text]
+    [match] = [
+        finding for finding in found if (finding.check, finding.level) == (check, level) and words in finding.text
+    ]
     return match
 
 
 def files_below(root: Path) -> dict[str, tuple[int, int, int]]:
-    return {str(path): (path.lstat().st_mtime_ns, path.lstat().st_size, path.lstat().st_mode) for path in root.rglob("*")}
+    return {
+        str(path): (path.lstat().st_mtime_ns, path.lstat().st_size, path.lstat().st_mode) for path in root.rglob("*")
+    }
 
 
 def test_a_healthy_node_has_no_problem_and_nothing_is_changed(tmp_path: Path) -> None:
@@ -76,7 +82,9 @@ def test_a_healthy_node_has_no_problem_and_nothing_is_changed(tmp_path: Path) ->
         assert done.stdout.splitlines()[-1].startswith("no problem, ")
         after = files_below(node.state) | files_below(node.journal)
         changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
-        assert {Path(path).name for path in changed} <= {"shipper.json", ".shipper.json.tmp", "state"}, "the shipper's own report"
+        assert {Path(path).name for path in changed} <= {"shipper.json", ".shipper.json.tmp", "state"}, (
+            "the shipper's own report"
+        )
         found = examined(tmp_path, code=0, **node.env)
         for check in ("config", "socket", "versions", "clock", "store", "waiting"):
             assert {finding.level for finding in found if finding.check == check} == {Level.OK}, found
@@ -86,7 +94,10 @@ def test_without_a_daemon_it_is_a_warning_and_nothing_is_made(home: Path) -> Non
     before = files_below(home)
     found = examined(home, code=0)
     assert the(found, "socket", Level.WARNING, "no daemon: there is no socket at").fix.startswith("ranklogd")
-    assert "it is made by the first daemon" in the(found, "state", Level.OK, "state").text or filesystem_type(home) == "tmpfs"
+    assert (
+        "it is made by the first daemon" in the(found, "state", Level.OK, "state").text
+        or filesystem_type(home) == "tmpfs"
+    )
     assert files_below(home) == before
 
 
@@ -132,10 +143,21 @@ def test_a_user_who_may_not_connect_is_told_which_group_to_join(home: Path) -> N
             os.chown(runtime / "d.sock", 0, 1)
             (runtime / "d.sock").chmod(mode)
             done = subprocess.run(
-                [sys.executable, "-c", AS_NOBODY, str(runtime / "d.sock")], env=environment(home), capture_output=True, text=True, check=False
+                [sys.executable, "-c", AS_NOBODY, str(runtime / "d.sock")],
+                env=environment(home),
+                capture_output=True,
+                text=True,
+                check=False,
             )
-            found = [Finding(f["check"], Level(f["level"]), f["text"], f["fix"]) for f in json.loads(done.stdout)["findings"]]
-            finding = the(found, "socket", Level.PROBLEM, f"user nobody may not connect to {runtime}/d.sock (mode {mode:04o}, root:daemon)")
+            found = [
+                Finding(f["check"], Level(f["level"]), f["text"], f["fix"]) for f in json.loads(done.stdout)["findings"]
+            ]
+            finding = the(
+                found,
+                "socket",
+                Level.PROBLEM,
+                f"user nobody may not connect to {runtime}/d.sock (mode {mode:04o}, root:daemon)",
+            )
             assert finding.fix.startswith(fix)
 
 
@@ -165,13 +187,19 @@ def impostor(path: Path, version: str, report: bytes) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("protocol", "level", "words"),
     [
-        ([wire.VERSION + 1, wire.VERSION + 2], Level.PROBLEM, "it speaks protocol 2..3, this client 1..1. Records are spooled only"),
+        (
+            [wire.VERSION + 1, wire.VERSION + 2],
+            Level.PROBLEM,
+            "it speaks protocol 2..3, this client 1..1. Records are spooled only",
+        ),
         ([wire.VERSION, wire.VERSION + 1], Level.NOTE, "both speak protocol 1"),
         (None, Level.WARNING, "which protocols it speaks it does not say"),
     ],
 )
 def test_a_daemon_of_another_version(home: Path, protocol: list[int] | None, level: Level, words: str) -> None:
-    report = {"state_dir": str(home / "theirs"), "refused": {"version": 3}} | ({"protocol": protocol} if protocol else {})
+    report = {"state_dir": str(home / "theirs"), "refused": {"version": 3}} | (
+        {"protocol": protocol} if protocol else {}
+    )
     path = Path((home / "environment").read_text()) / "ranklog.sock"
     with impostor(path, "9.9.9", json.dumps(report).encode()):
         found = examined(home)
@@ -181,18 +209,37 @@ def test_a_daemon_of_another_version(home: Path, protocol: list[int] | None, lev
     the(found, "socket", Level.OK, "ranklogd 9.9.9")
 
 
-@pytest.mark.parametrize("report", [b"", b"{", b"[]", b"3", b'{"shipper": null, "refused": null, "used_bytes": "?"}', b'{"state_dir": null}'])
+@pytest.mark.parametrize(
+    "report", [b"", b"{", b"[]", b"3", b'{"shipper": null, "refused": null, "used_bytes": "?"}', b'{"state_dir": null}']
+)
 def test_a_status_that_makes_no_sense_ends_no_check(home: Path, report: bytes) -> None:
     path = Path((home / "environment").read_text()) / "ranklog.sock"
     with impostor(path, "0.1.0", report):
         found = examined(home)
-    assert {finding.check for finding in found} >= {"socket", "versions", "limits", "clock", "state", "room", "journal", "spool", "store"}
+    assert {finding.check for finding in found} >= {
+        "socket",
+        "versions",
+        "limits",
+        "clock",
+        "state",
+        "room",
+        "journal",
+        "spool",
+        "store",
+    }
     assert not [finding for finding in found if "itself failed" in finding.text], found
 
 
 def test_variables_that_mean_nothing_and_values_that_cannot_be(home: Path) -> None:
-    found = examined(home, code=1, RANKLOG_STATEDIR="/x", RANKLOG_MODE="onlin", RANKLOG_SEAL_AGE_S="soon", RANKLOG_TO="ftp://x")
-    typo = the(found, "environment", Level.WARNING, "RANKLOG_STATEDIR means nothing to ranklog; did you mean RANKLOG_STATE_DIR?")
+    found = examined(
+        home, code=1, RANKLOG_STATEDIR="/x", RANKLOG_MODE="onlin", RANKLOG_SEAL_AGE_S="soon", RANKLOG_TO="ftp://x"
+    )
+    typo = the(
+        found,
+        "environment",
+        Level.WARNING,
+        "RANKLOG_STATEDIR means nothing to ranklog; did you mean RANKLOG_STATE_DIR?",
+    )
     assert typo.fix == 'export RANKLOG_STATE_DIR="$RANKLOG_STATEDIR"; unset RANKLOG_STATEDIR'
     assert the(found, "environment", Level.PROBLEM, "'onlin' is not a mode").fix == "unset RANKLOG_MODE"
     assert the(found, "environment", Level.PROBLEM, "RANKLOG_SEAL_AGE_S='soon'").fix == "unset RANKLOG_SEAL_AGE_S"
@@ -202,7 +249,14 @@ def test_variables_that_mean_nothing_and_values_that_cannot_be(home: Path) -> No
 
 def test_every_variable_that_the_client_reads_is_known() -> None:
     known = known_variables()
-    assert known >= {"RANKLOG_TO", "RANKLOG_SOCKET", "RANKLOG_AUTOSTART", "RANKLOG_SEAL_AGE_S", "RANKLOG_CONFIG", "RANKLOG_RUN_ID_HINT"}
+    assert known >= {
+        "RANKLOG_TO",
+        "RANKLOG_SOCKET",
+        "RANKLOG_AUTOSTART",
+        "RANKLOG_SEAL_AGE_S",
+        "RANKLOG_CONFIG",
+        "RANKLOG_RUN_ID_HINT",
+    }
     assert not [name for name in known if not name.startswith("RANKLOG_")]
 
 
@@ -220,7 +274,10 @@ def test_a_state_directory_that_others_may_write_to_or_that_is_somebody_elses(ho
     state = home / "state"
     state.mkdir(mode=0o700)
     state.chmod(0o777)
-    assert the(examined(home, code=0), "state", Level.WARNING, "can be written to by others (mode 0777)").fix == f"chmod 0700 {state}"
+    assert (
+        the(examined(home, code=0), "state", Level.WARNING, "can be written to by others (mode 0777)").fix
+        == f"chmod 0700 {state}"
+    )
     state.chmod(0o700)
     if os.geteuid() == 0:
         os.chown(state, 65534, 65534)
@@ -236,7 +293,10 @@ def test_a_segment_of_a_later_version(home: Path) -> None:
     builder = SegmentBuilder()
     builder.data[:9] = b"RANKWAL2\0"
     (state.wal / "0000000000000001.open").write_bytes(builder.data)
-    assert the(examined(home, code=1), "state", Level.PROBLEM, "a later ranklog wrote").fix == "pip install --upgrade ranklog"
+    assert (
+        the(examined(home, code=1), "state", Level.PROBLEM, "a later ranklog wrote").fix
+        == "pip install --upgrade ranklog"
+    )
 
 
 def site_of(home: Path, **env: str) -> Site:
@@ -256,7 +316,13 @@ def test_a_network_filesystem(home: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_full_tmpfs(home: Path) -> None:
     with small_tmpfs(home / "small") as small:
         (small / "fill").write_bytes(bytes(900 << 10))
-        found = examined(home, code=1, RANKLOG_STATE_DIR=str(small / "state"), RANKLOG_JOURNAL_DIR=str(small), RANKLOG_SPOOL_DIR=str(small))
+        found = examined(
+            home,
+            code=1,
+            RANKLOG_STATE_DIR=str(small / "state"),
+            RANKLOG_JOURNAL_DIR=str(small),
+            RANKLOG_SPOOL_DIR=str(small),
+        )
         the(found, "state", Level.WARNING, "is gone after a reboot")
         assert the(found, "room", Level.PROBLEM, "no records are taken (disk_free_min_bytes)").fix.startswith("du ")
         the(found, "journal", Level.WARNING, "one writer takes up to 33.6 MB")
@@ -273,7 +339,9 @@ def test_a_quota_that_is_used_up(home: Path) -> None:
 
 def test_journals_that_are_not_in_memory_and_directories_that_cannot_be_used(home: Path) -> None:
     if filesystem_type(home) != "tmpfs":
-        finding = the(examined(home, code=0), "journal", Level.WARNING, "not on a tmpfs: log() waits whenever that disk does")
+        finding = the(
+            examined(home, code=0), "journal", Level.WARNING, "not on a tmpfs: log() waits whenever that disk does"
+        )
         assert finding.fix.startswith("export RANKLOG_JOURNAL_DIR=/dev/shm/")
     (home / "journal").write_text("in the way")
     (home / "spool").write_text("in the way")
@@ -285,7 +353,11 @@ def test_journals_that_are_not_in_memory_and_directories_that_cannot_be_used(hom
 
 def test_too_few_descriptors(home: Path) -> None:
     done = subprocess.run(
-        ["bash", "-c", f"ulimit -n 256; exec {sys.executable} -m ranklog.cli doctor"], env=environment(home), capture_output=True, text=True, check=False
+        ["bash", "-c", f"ulimit -n 256; exec {sys.executable} -m ranklog.cli doctor"],
+        env=environment(home),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert "warning  limits       a daemon started from here may open 256 files" in done.stdout
 
@@ -308,10 +380,18 @@ def test_what_waits_and_what_was_put_aside(home: Path) -> None:
     (state.quarantine / "x.wal.reason").write_text("why")
     (state.deadletter / "v1").mkdir()
     (state.deadletter / "v1" / "a.parquet").write_bytes(b"?")
-    assert subprocess.run([sys.executable, "-c", OFFLINE], env=environment(home), capture_output=True, check=False).returncode == 0
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", OFFLINE], env=environment(home), capture_output=True, check=False
+        ).returncode
+        == 0
+    )
     (home / "journal" / f"{'ab' * 16}.00000000.journal").symlink_to("/etc/hostname")
     found = examined(home, code=0)
-    assert the(found, "waiting", Level.WARNING, "1 writer left records here that no daemon has taken").fix == "ranklog sync"
+    assert (
+        the(found, "waiting", Level.WARNING, "1 writer left records here that no daemon has taken").fix
+        == "ranklog sync"
+    )
     the(found, "waiting", Level.WARNING, "left alone: ")
     by_fix = {finding.fix for finding in found if finding.check == "evidence"}
     assert by_fix == {"ranklog fsck status", "ranklog requeue"}
@@ -329,18 +409,59 @@ def test_a_store_that_cannot_be_written_to(home: Path) -> None:
 
 def test_a_token_is_asked_for_where_the_store_wants_one_and_is_never_shown(home: Path) -> None:
     assert not [finding for finding in examined(home) if finding.check == "token"]
-    bucket = {"RANKLOG_TO": "hf://buckets/me/logs", "HF_TOKEN": "", "HF_HOME": str(home / "hf"), "HF_TOKEN_PATH": ""}
+    bucket = bucket_environment(home, "http://127.0.0.1:9")
     assert the(examined(home, code=1, **bucket), "token", Level.PROBLEM, "no token").fix == "hf auth login"
     token = home / "hf" / "token"
     token.parent.mkdir()
     token.write_text("hf_verysecret")
     token.chmod(0o644)
-    assert the(examined(home, code=1, **bucket), "token", Level.PROBLEM, "can be read by others").fix == f"chmod 0600 {token}"
+    assert (
+        the(examined(home, code=1, **bucket), "token", Level.PROBLEM, "can be read by others").fix
+        == f"chmod 0600 {token}"
+    )
     token.chmod(0o600)
     found = examined(home, **bucket | {"HF_TOKEN": "hf_verysecret"})
     the(found, "token", Level.OK, "only its owner may read it")
     the(found, "token", Level.NOTE, "HF_TOKEN is set")
+    assert the(found, "store", Level.WARNING, "Records wait on this node").fix.startswith("ranklog doctor")
     assert "verysecret" not in str(found)
+
+
+def bucket_environment(home: Path, endpoint: str) -> dict[str, str]:
+    """Where the Hub is, and a home of its library in which nobody is logged in."""
+    return {
+        "RANKLOG_TO": "hf://buckets/user/logs", "HF_ENDPOINT": endpoint, "HF_TOKEN": "", "HF_TOKEN_PATH": "",
+        "HF_HOME": str(home / "hf"), "HF_XET_CACHE": str(home / "xet"),
+    }  # fmt: skip
+
+
+def test_a_bucket_is_asked_for_with_the_token_and_each_refusal_has_its_command(home: Path) -> None:
+    with Hub(home / "hub") as hub:
+        token = home / "token"
+        token.write_text(hub.token())
+        token.chmod(0o600)
+        env = bucket_environment(home, hub.url) | {"RANKLOG_TOKEN_FILE": str(token)}
+        missing = the(examined(home, code=1, **env), "store", Level.PROBLEM, "no such bucket")
+        assert missing.fix.startswith("hf buckets create user/logs --private")
+        the(examined(home, code=0, **env, RANKLOG_CREATE_BUCKET="private"), "store", Level.NOTE, "is not there yet")
+        assert hub.buckets.get("user/logs") is None, "a doctor makes nothing"
+        hub.buckets.create("user/logs", private=True)
+        the(examined(home, code=0, **env), "store", Level.OK, "hf://buckets/user/logs answers")
+        token.write_text("hf_wrong")
+        assert the(examined(home, code=1, **env), "store", Level.PROBLEM, "401").fix == "hf auth login"
+        token.unlink()
+        assert the(examined(home, code=1, **env), "token", Level.PROBLEM, "is not there").fix.startswith(
+            "install -m 0600"
+        )
+
+
+def test_an_s3_bucket_is_asked_for_too(home: Path) -> None:
+    bucket = s3.new_bucket()
+    env = s3.environment()
+    the(examined(home, code=0, **env, RANKLOG_TO=f"s3://{bucket}/logs"), "store", Level.OK, "answers")
+    the(examined(home, code=1, **env, RANKLOG_TO="s3://no-such-bucket"), "store", Level.PROBLEM, "no such bucket")
+    done = ranklog("doctor", "--json", home=home, env=env | {"RANKLOG_TO": f"s3://{bucket}"}, without=["obstore"])
+    assert 'pip install \\"ranklog[s3]\\"' in done.stdout
 
 
 def test_it_works_without_the_packages_of_the_daemon(home: Path) -> None:
@@ -358,7 +479,11 @@ def test_a_check_that_fails_and_one_that_hangs_end_no_other(home: Path, monkeypa
         raise ZeroDivisionError
 
     never = threading.Event()
-    checks = {"fails": fails, "hangs": lambda site: iter([ok("hangs", str(never.wait(60)))]), "last": lambda site: [ok("last", "done")]}
+    checks = {
+        "fails": fails,
+        "hangs": lambda site: iter([ok("hangs", str(never.wait(60)))]),
+        "last": lambda site: [ok("last", "done")],
+    }
     monkeypatch.setattr(doctor, "CHECKS", checks)
     found = doctor.examine(replace(site_of(home), found=()), timeout_s=1)
     never.set()

@@ -1,9 +1,12 @@
 """`ranklog flush`: 0 once everything is there, 4 while data is pending, 3 without a daemon."""
 
 import json
+import os
+import sys
 
 import pytest
 
+import terminal
 from cli import ranklog
 from node import Node, wait_for
 
@@ -57,3 +60,53 @@ def test_data_that_is_pending_is_4_with_the_number_and_the_stores_reason(tmp_pat
 def test_no_daemon_is_3_at_once(tmp_path):
     done = ranklog("flush", "--timeout", "3600", home=tmp_path, timeout_s=20)
     assert (done.returncode, done.stdout) == (3, "")
+
+
+def test_on_a_terminal_it_says_what_waits_and_why_until_it_is_done(tmp_path):
+    with Node(tmp_path) as node:
+        (tmp_path / "data").touch()
+        node.start_daemon(RANKLOG_RETRY_MAX_S="2")
+        assert node.python(LOG).returncode == 0
+        process, screen = terminal.start(
+            [sys.executable, "-m", "ranklog.cli", "flush"], node.env, tmp_path, columns=400
+        )
+        seen = terminal.read_until(screen, str(tmp_path / "data"))
+        assert "\r\x1b[Kranklog: 32 records, 1 shard, " in seen
+        assert "next try in" in seen
+        (tmp_path / "data").unlink()
+        seen = terminal.read_until(screen, "is uploaded.")
+        assert seen.endswith("\r\x1b[KEverything that the daemon has received is uploaded.\r\n"), (
+            "the bar is taken away"
+        )
+        assert process.wait(30) == 0
+        os.close(screen)
+
+
+def test_quiet_and_json_show_no_bar(tmp_path):
+    with Node(tmp_path) as node:
+        (tmp_path / "data").touch()
+        node.start_daemon()
+        assert node.python(LOG).returncode == 0
+        for flags, env in ((["--json"], {}), ([], {"RANKLOG_QUIET": "1"})):
+            command = [sys.executable, "-m", "ranklog.cli", "flush", "--timeout", "2.5", *flags]
+            process, screen = terminal.start(command, node.env | env, tmp_path)
+            assert "\x1b[K" not in terminal.read_until(screen, "32")
+            assert process.wait(30) == 4
+            os.close(screen)
+
+
+def test_a_daemon_that_dies_meanwhile_is_3(tmp_path):
+    with Node(tmp_path) as node:
+        (tmp_path / "data").touch()
+        daemon = node.start_daemon()
+        assert node.python(LOG).returncode == 0
+        process, screen = terminal.start(
+            [sys.executable, "-m", "ranklog.cli", "flush", "--timeout", "5"], node.env, tmp_path, columns=400
+        )
+        terminal.read_until(screen, "next try in")
+        daemon.kill()
+        daemon.wait()
+        seen = terminal.read_until(screen, "Is the daemon running")
+        assert "ranklog: no daemon answers" in seen
+        assert process.wait(30) == 3
+        os.close(screen)

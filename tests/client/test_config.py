@@ -41,12 +41,14 @@ def test_every_variable_is_read() -> None:
         RANKLOG_STATE_DIR="/st", RANKLOG_JOURNAL_DIR="/j", RANKLOG_SPOOL_DIR="/sp", RANKLOG_AUTOSTART="1",
         RANKLOG_QUIET="yes", RANKLOG_ALLOW_NETWORK_FS="TRUE", RANKLOG_JOURNAL_SIZE_BYTES="1M",
         RANKLOG_JOURNAL_FILE_SIZE_BYTES="65536", RANKLOG_SPOOL_SIZE_BYTES="2 GiB", RANKLOG_FLUSH_INTERVAL_S="0.5",
+        RANKLOG_TOKEN_FILE="/t", RANKLOG_READ_CACHE_DIR="/c", RANKLOG_READ_CACHE_SIZE_BYTES="3M",
     )  # fmt: skip
     assert found == Settings(
         to="hf://buckets/me/runs", mode="offline", project="llama", name="brave", run_id="r1", run_id_hint="r2",
         socket=Path("/s/x.sock"), runtime_dir=Path("/r"), runtime_dir_given=True, state_dir=Path("/st"),
         journal_dir=Path("/j"), spool_dir=Path("/sp"), autostart=True, quiet=True, allow_network_fs=True,
         journal_size_bytes=1 << 20, journal_file_size_bytes=65536, spool_size_bytes=2 << 30, flush_interval_s=0.5,
+        token_file=Path("/t"), read_cache_dir=Path("/c"), read_cache_size_bytes=3 << 20,
         uid=UID, xdg_runtime=None, xdg_state=Path("/home/ada/.local/state"), xdg_data=Path("/home/ada/.local/share"),
     )  # fmt: skip
 

@@ -1,81 +1,52 @@
-import os
+from pathlib import Path
 
 import pytest
 
-from ranklog.errors import StoreError
+from ranklog.errors import StoreError, UsageError
 from ranklog.reader.listing import list_shards
-from ranklog.reader.local import local_paths, trim_cache
-from ranklog.stores import ObjectInfo, open_store
+from ranklog.reader.local import default_cache, in_place, local_path, local_paths, open_source
+from ranklog.stores import open_store
 from shards import records, write_shard, writer
 
 
-class FarStore:
-    """A store whose objects are not local files: it can only list and get, and counts the gets."""
-
-    url = "far://store"
-
-    def __init__(self, root):
-        self._near = open_store(str(root))
-        self.fetched = []
-
-    def list(self, prefix):
-        return self._near.list(prefix)
-
-    def get(self, key, target):
-        self.fetched.append(key)
-        self._near.get(key, target)
-
-    def put(self, uploads):
-        raise AssertionError
-
-    def head(self, key) -> ObjectInfo | None:
-        raise AssertionError
-
-    def delete(self, keys):
-        raise AssertionError
-
-
-def shards_of(root, count):
-    for seq in range(count):
-        write_shard(root, records(writer("a"), [{"loss": float(seq)}], first_seq=seq))
-
-
-def test_a_directory_is_read_in_place(tmp_path):
-    shards_of(tmp_path, 2)
-    store = open_store(str(tmp_path))
+def test_a_directory_is_read_in_place(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANKLOG_READ_CACHE_DIR", str(tmp_path / "cache"))
+    for seq in range(2):
+        write_shard(tmp_path / "store", records(writer("a"), [{"loss": float(seq)}], first_seq=seq))
+    store = open_source(str(tmp_path / "store"))
     shards = list_shards(store)
 
-    assert local_paths(store, shards) == [tmp_path / shard.key for shard in shards]
+    assert in_place(store) == tmp_path / "store"
+    assert local_paths(store, shards) == [tmp_path / "store" / shard.key for shard in shards]
+    assert [local_path(store, shard) for shard in shards] == local_paths(store, shards)
+    assert not (tmp_path / "cache").exists()
 
 
-def test_other_stores_are_fetched_once(tmp_path):
-    shards_of(tmp_path / "far", 3)
-    store = FarStore(tmp_path / "far")
-    shards = list_shards(store)
-
-    for _ in range(2):
-        paths = local_paths(store, shards, tmp_path / "cache")
-        assert [path.read_bytes() for path in paths] == [(tmp_path / "far" / s.key).read_bytes() for s in shards]
-    assert sorted(store.fetched) == sorted(shard.key for shard in shards)
+def test_a_bucket_is_not_in_place_and_its_shards_have_their_place_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANKLOG_READ_CACHE_DIR", str(tmp_path))
+    path = write_shard(tmp_path / "near", records(writer("a"), [{"loss": 1.0}]))
+    (shard,) = list_shards(open_store(str(tmp_path / "near")))
+    store = open_source("hf://buckets/user/b")
+    assert in_place(store) is None
+    assert local_path(store, shard) == tmp_path / path.relative_to(tmp_path / "near")
 
 
-def test_an_object_that_cannot_be_fetched_is_an_error_and_leaves_no_file(tmp_path):
-    shards_of(tmp_path / "far", 1)
-    store = FarStore(tmp_path / "far")
-    shards = list_shards(store)
-    (tmp_path / "far" / shards[0].key).unlink()
-
-    with pytest.raises(StoreError):
-        local_paths(store, shards, tmp_path / "cache")
-    assert list((tmp_path / "cache").rglob("*.parquet")) == []
+def test_the_cache_is_where_the_configuration_says(monkeypatch, tmp_path):
+    monkeypatch.delenv("RANKLOG_READ_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache().root == tmp_path / "ranklog" / "shards"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert default_cache().root == Path("/home/ada/.cache/ranklog/shards")
 
 
-def test_the_cache_gives_up_what_was_not_used_for_longest_and_keeps_what_is_needed_now(tmp_path):
-    for age, name in enumerate(["new", "middle", "old", "needed"]):
-        path = tmp_path / f"{name}.parquet"
-        path.write_bytes(bytes(100))
-        os.utime(path, (1_000_000 - age, 1_000_000 - age))
+def test_the_token_file_of_the_configuration_is_used(monkeypatch, tmp_path):
+    monkeypatch.setenv("RANKLOG_TOKEN_FILE", str(tmp_path / "missing"))
+    with pytest.raises(StoreError, match="token file") as caught:
+        list_shards(open_source("hf://buckets/user/b"))
+    assert caught.value.held
 
-    trim_cache(tmp_path, keep={tmp_path / "needed.parquet"}, room_bytes=50, size_bytes_max=300)
 
-    assert sorted(path.stem for path in tmp_path.iterdir()) == ["needed", "new"]
+def test_a_url_that_names_no_store_is_wrong_usage():
+    with pytest.raises(UsageError):
+        open_source("hf://user/b")

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from moto.server import ThreadedMotoServer
 
+import s3
 from hub.server import Hub
 from ranklog.errors import StoreError, UsageError
 from ranklog.stores import ObjectInfo, Store, Upload, open_store
+from ranklog.stores.base import Download
 
 OpenStore = Callable[[], Store]
 """Makes one more handle on the same place."""
@@ -39,22 +40,12 @@ def bucket_store(room: Path) -> Iterator[OpenStore]:
 
 @contextmanager
 def s3_store(room: Path) -> Iterator[OpenStore]:
-    """A server that speaks S3, in this process."""
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
+    """A server that speaks S3, in this process; a bucket of its own for each test."""
+    url = f"s3://{s3.new_bucket()}/some/prefix"
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ENDPOINT": f"http://127.0.0.1:{port}", "AWS_ALLOW_HTTP": "true", "AWS_ACCESS_KEY_ID": "k",
-            "AWS_SECRET_ACCESS_KEY": "s", "AWS_REGION": "us-east-1",
-        }.items():  # fmt: skip
+        for name, value in s3.environment().items():
             patch.setenv(name, value)
-        import urllib.request
-
-        urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/moto-api/reset", method="POST"))
-        urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/bucket", method="PUT"))
-        yield lambda: open_store("s3://bucket/some/prefix")
-    server.stop()
+        yield lambda: open_store(url)
 
 
 STORES: list[Callable[[Path], AbstractContextManager[OpenStore]]] = [directory_store, bucket_store, s3_store]
@@ -215,6 +206,32 @@ def test_getting_replaces_the_target_and_leaves_nothing_beside_it(store, source,
     (room / "target").write_bytes(b"something longer")
     store.get(KEY, room / "target")
     assert [(p.name, p.read_bytes()) for p in room.iterdir()] == [("target", b"new")]
+
+
+def test_many_objects_are_fetched_each_told_once_its_file_is_whole(store, source, tmp_path):
+    contents = {f"v1/{number}": os.urandom(number * 1000) for number in range(12)}
+    store.put([Upload(source(data), key) for key, data in contents.items()])
+    downloads = [Download(key, tmp_path / f"fetched-{number}") for number, key in enumerate(contents)]
+    targets = dict(downloads)
+    told = []
+    for key in store.fetch(downloads):
+        assert targets[key].read_bytes() == contents[key]
+        told.append(key)
+    assert sorted(told) == sorted(contents)
+    assert list(store.fetch([])) == []
+
+
+def test_of_many_objects_those_that_are_missing_are_a_permanent_error_after_all_others(store, source, tmp_path):
+    store.put([Upload(source(b"a"), "v1/a"), Upload(source(b"c"), "v1/c")])
+    downloads = [Download(f"v1/{name}", tmp_path / f"fetched-{name}") for name in "abcd"]
+    told = []
+    with pytest.raises(StoreError) as refused:
+        told += store.fetch(downloads[:1])
+        for key in store.fetch(downloads[1:]):
+            told.append(key)
+    assert refused.value.permanent
+    assert sorted(told) == ["v1/a", "v1/c"]
+    assert [name for name in "abcd" if (tmp_path / f"fetched-{name}").exists()] == ["a", "c"]
 
 
 def test_deleting_removes_the_named_objects_only_and_may_be_repeated(store, source):

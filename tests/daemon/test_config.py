@@ -123,7 +123,7 @@ def test_an_unknown_key_is_an_error_with_a_suggestion(env, write):
         ("commit_interval_s", "1s", "outside of its limits 0 to 100ms"),
         ("seal_size_bytes", "1", "4KiB to 1GiB"),
         ("seal_size_bytes", "much", "not a size"),
-        ("upload_batch_max", "0", "1 to 1000"),
+        ("upload_batch_max", "1001", "0 to 1000"),
         ("upload_batch_max", "5k", "not a whole number"),
         ("socket_mode", "0o888", "octal"),
         ("socket_mode", "7777", "0000 to 0777"),
@@ -247,6 +247,14 @@ def test_an_uploaded_shard_is_kept_only_if_the_store_is_elsewhere():
     assert not Config(to="/data").keeps_cache
     assert not Config(to="file:///data").keeps_cache
     assert not Config(to="").keeps_cache
+
+
+def test_where_calls_are_counted_one_call_takes_as_many_shards_as_the_hub_does_unless_told_otherwise():
+    assert Config(to="hf://buckets/me/b").batch_max == 1000
+    assert Config(to="/data").batch_max == Config(to="s3://b").batch_max == 64
+    assert Config(to="hf://buckets/me/b", upload_batch_max=7).batch_max == 7
+    assert (Config(to="/data").is_remote, Config(to="file:///data").is_remote) == (False, False)
+    assert (Config(to="hf://buckets/me/b").is_remote, Config(to="s3://b").is_remote) == (True, True)
 
 
 def test_the_clients_settings_take_the_places_of_this_config(env, tmp_path):

@@ -38,17 +38,35 @@ def test_after_a_refusal_the_rate_grows_by_equal_steps_back_to_what_was_too_much
     assert pace.interval_s == 10
 
 
+def test_a_failure_that_says_nothing_about_the_limit_keeps_the_least_distance_and_shortens_no_wait():
+    pace = Pace(10, 1800)
+    pace.spent(0, 0.5)
+    assert (pace.interval_s, pace.wait_s(0)) == (10, 10)
+    pace.refused(0, 600, 0.0)
+    pace.spent(1, 0.0)
+    assert pace.wait_s(0) == 600
+    assert pace.interval_s == 20
+    pace.spent(1000, 0.5)
+    assert pace.wait_s(1000) == 10
+
+
 def test_a_window_that_empties_too_fast_slows_everybody_before_anybody_is_refused():
     pace = Pace(10, 1800)
     pace.accepted(0, Allowance(left=300, reset_s=200, limit=1000), 0.5)
     assert pace.interval_s > 10
 
 
-@given(st.lists(st.tuples(st.booleans(), st.floats(0, 1e5), st.floats(0, 1)), max_size=50))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["accepted", "refused", "spent"]), st.floats(0, 1e5), st.floats(0, 1)), max_size=50
+    )
+)
 def test_the_interval_stays_within_its_limits_whatever_happens(events):
     pace, now_s = Pace(10, 1800), 0.0
-    for accepted, number, dice in events:
-        if accepted:
+    for event, number, dice in events:
+        if event == "spent":
+            pace.spent(now_s, dice)
+        elif event == "accepted":
             pace.accepted(now_s, Allowance(int(number), number % 300, 1000), dice)
         else:
             pace.refused(now_s, number, dice)

@@ -12,15 +12,18 @@ from pathlib import Path
 
 import pytest
 
+from hub.server import Hub
 from node import wait_for
 from ranklog.errors import StoreError
 from ranklog.frame import Kind
 from ranklog.layout import parse_key
+from ranklog.stores import base
 from ranklog.stores.base import Upload
 from ranklogd.config import Config
 from ranklogd.ship.counters import ShipperReport, read_counts, write_report
 from ranklogd.ship.shipper import Shipper
 from ranklogd.statedir import StateDir
+from ranklogd.supervise import EXIT_HUNG, HURRY
 from segments import SegmentBuilder, frame, make_state, read_rows, start_of
 
 
@@ -33,8 +36,8 @@ class Place:
         self.next_lsn = 1
 
     def config(self, **options: object) -> Config:
-        fast = {"retry_base_s": 0.05, "retry_max_s": 0.2, "rescan_interval_s": 0.2}
-        return Config(state_dir=self.state.root, to=str(self.store), **(fast | options))  # type: ignore[arg-type]
+        fast = {"retry_base_s": 0.05, "retry_max_s": 0.2, "rescan_interval_s": 0.2, "to": str(self.store)}
+        return Config(state_dir=self.state.root, **(fast | options))  # type: ignore[arg-type]
 
     def seal(self, number: int, records: int = 5) -> Path:
         """Seal a segment with records of two runs."""
@@ -70,11 +73,14 @@ class Place:
             return {}
 
     @contextmanager
-    def shipper(self, config: Config | None = None, **env: str) -> Iterator["subprocess.Popen[bytes]"]:
-        """A real shipper process, killed at the end."""
+    def shipper(
+        self, config: Config | None = None, *, code: str = "", log: Path | None = None, **env: str
+    ) -> Iterator["subprocess.Popen[bytes]"]:
+        """A real shipper process, killed at the end; with `code`, which is to call its `main`."""
         process = subprocess.Popen(
-            [sys.executable, "-m", "ranklogd.ship.shipper"], stdin=subprocess.PIPE,
+            [sys.executable, *(("-c", code) if code else ("-m", "ranklogd.ship.shipper"))], stdin=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **env},
+            stderr=None if log is None else log.open("wb"),
         )  # fmt: skip
         assert process.stdin is not None
         try:
@@ -368,6 +374,149 @@ def test_a_config_it_cannot_read_ends_it_with_exit_code_78(place):
         )  # fmt: skip
         assert done.returncode == 78
         assert b"ranklogd shipper: " in done.stderr
+
+
+# Stores that never answer
+
+
+def hanging(how: str, standstill_s: float = 1800) -> str:
+    """Return the code of a shipper whose store, mem://, hangs in this way; deadlines as in the config."""
+    return (
+        "import ctypes, os, sys, threading, types\n"
+        "from ranklog.errors import StoreError\n"
+        "from ranklog.stores import base\n"
+        "from ranklogd.ship import shipper\n"
+        "class Hanging:\n"
+        "    url, allowance = 'mem://x', None\n"
+        f"    def put(self, uploads): {how}\n"
+        "sys.modules['hanging'] = types.SimpleNamespace(open_url=lambda url, options: Hanging())\n"
+        "base._MODULES['mem'] = 'hanging'\n"
+        f"shipper.STANDSTILL_S = {standstill_s}\n"
+        "os._exit(shipper.main())\n"
+    )
+
+
+@pytest.fixture
+def mem(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setitem(base._MODULES, "mem", "hanging")
+    return "mem://x"
+
+
+@pytest.mark.parametrize("how", ["threading.Event().wait()", "ctypes.CDLL(None).pause()"], ids=["python", "native"])
+def test_a_call_that_is_not_back_long_after_its_deadline_ends_the_process_with_a_code_of_its_own(
+    place, mem, tmp_path, how
+):
+    place.seal(1)
+    log = tmp_path / "log"
+    with place.shipper(place.config(to=mem, upload_deadline_s=0.5), code=hanging(how), log=log) as process:
+        assert process.wait(60) == EXIT_HUNG
+    assert log.read_text().count("store_hung error=mem://x has not answered for ") == 1
+    report = place.report()
+    assert report["last_error_class"] == "hung"
+    assert (report["backlog_segments"], report["backlog_shards"]) == (0, 2), "nothing is lost by it"
+    assert not list(place.state.outbox.glob("*.tmp")), "and no conversion was cut short"
+
+
+def test_what_was_sealed_while_the_store_hung_is_converted_before_the_process_ends(place, mem):
+    place.seal(1)
+    with place.shipper(place.config(to=mem, upload_deadline_s=4), code=hanging("threading.Event().wait()")) as process:
+        wait_for(lambda: place.report().get("backlog_shards") == 2, "the first one is converted")
+        place.seal(2)
+        assert process.wait(60) == EXIT_HUNG
+    assert place.report()["converted_segments"] == 2
+
+
+def test_a_library_that_lets_no_thread_run_any_more_is_ended_too(place, mem, tmp_path):
+    place.seal(1)
+    log = tmp_path / "log"
+    code = hanging("ctypes.PyDLL(None).pause()", standstill_s=2)
+    with place.shipper(place.config(to=mem), code=code, log=log) as process:
+        assert process.wait(60) == 1
+    assert "in put" in log.read_text(), "the log shows where it stood"
+    assert len(list(place.state.outbox.rglob("*.parquet"))) == 2
+
+
+def test_calls_that_were_given_up_but_never_end_do_not_pile_up_over_the_months(place, mem, tmp_path):
+    place.seal(1)
+    log = tmp_path / "log"
+    how = (
+        "threading.Thread(target=threading.Event().wait, daemon=True).start();"
+        " raise StoreError('given up', permanent=False)"
+    )
+    with place.shipper(place.config(to=mem), code=hanging(how), log=log) as process:
+        assert process.wait(60) == EXIT_HUNG
+    assert "threads, most of them in calls that never came back" in log.read_text()
+    assert len(list(place.state.outbox.rglob("*.parquet"))) == 2
+
+
+def test_a_directory_may_take_its_time(place):
+    now_s = [0.0]
+    shipper = Shipper(place.config(upload_deadline_s=1), clock=lambda: now_s[0])
+    shipper.uploader.busy_since_s = 0.0
+    now_s[0] = 3600
+    assert shipper._error()[1] == "hung", "it is reported"
+    assert not shipper._hang(), "and not ended: a slow disk gets on"
+
+
+def test_what_the_last_one_hung_at_is_reported_until_the_store_answers(place):
+    hung = ShipperReport(last_error="x has not answered for 150 s", last_error_class="hung")
+    write_report(place.state.shipper_report, hung)
+    place.seal(1)
+    shipper = Shipper(place.config())
+    shipper.convert_one()
+    report = shipper.report()
+    assert report is not None
+    assert (report.last_error, report.last_error_class) == (hung.last_error, "hung")
+    assert shipper.step().last_error == ""
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    with Hub(tmp_path / "hub") as hub:
+        yield hub
+
+
+def hub_env(hub: Hub, tmp_path: Path) -> dict[str, str]:
+    return {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": hub.token()}
+
+
+def test_a_line_on_its_stdin_makes_it_upload_what_waits_for_the_pace(place, hub, tmp_path):
+    config = place.config(to="hf://buckets/user/b", create_bucket="private", upload_interval_min_s=1000)
+    place.seal(1)
+    with place.shipper(config, **hub_env(hub, tmp_path)) as process:
+        wait_for(lambda: place.report().get("uploaded_shards") == 2, "the first ones are uploaded at once")
+        place.seal(2)
+        wait_for(lambda: place.report()["backlog_shards"] == 2, "the next ones wait")
+        assert place.report()["next_try_s"] > 700
+        process.stdin.write(HURRY)
+        process.stdin.flush()
+        wait_for(lambda: place.report()["uploaded_shards"] == 4, "they are uploaded")
+
+
+def test_sigterm_uploads_the_rest_whatever_the_pace(place, hub, tmp_path):
+    config = place.config(to="hf://buckets/user/b", create_bucket="private", upload_interval_min_s=1000)
+    place.seal(1)
+    with place.shipper(config, **hub_env(hub, tmp_path)) as process:
+        wait_for(lambda: place.report().get("uploaded_shards") == 2, "the first ones are uploaded at once")
+        place.seal(2)
+        wait_for(lambda: place.report()["backlog_shards"] == 2, "the next ones wait")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    assert place.report()["uploaded_shards"] == 4
+
+
+def test_sigterm_ends_a_wait_that_the_store_asked_for_and_does_not_break_its_wish(place, hub, tmp_path):
+    config = place.config(to="hf://buckets/user/b", create_bucket="private", stop_deadline_s=1)
+    hub.fault("*", status=429, headers={"Retry-After": "86400"})
+    place.seal(1)
+    with place.shipper(config, **hub_env(hub, tmp_path)) as process:
+        wait_for(lambda: place.report().get("next_try_s", 0) > 800, "it is sent away for a day, and waits 15 minutes")
+        assert place.report()["last_error_class"] == "transient"
+        asked = hub.api_calls
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    assert hub.api_calls == asked
+    assert place.report()["backlog_shards"] == 2
 
 
 def test_killed_again_and_again_in_the_same_conversion_a_sound_segment_never_goes_to_quarantine(place):

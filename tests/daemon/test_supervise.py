@@ -1,7 +1,8 @@
-"""The shipper as a child: a real process, started, killed and stopped."""
+"""The shipper as a child: a real process, started, killed, stopped, and hung."""
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from node import ROOT, wait_for
-from ranklogd.config import load_config
-from ranklogd.supervise import RESTART_S_MAX, RESTART_S_MIN, SETTLED_S, ShipperProcess
+from hub.server import Hub
+from node import ROOT, Node, wait_for
+from ranklog.frame import Kind
+from ranklogd.config import Config, load_config
+from ranklogd.supervise import EXIT_HUNG, RESTART_S_MAX, RESTART_S_MIN, SETTLED_S, ShipperProcess
+from segments import SegmentBuilder, frame, make_state, start_of
 
 PATHS = os.pathsep.join([str(ROOT / "client"), str(ROOT / "daemon")])
 
@@ -98,6 +102,35 @@ def test_one_that_worked_for_a_while_is_started_again_soon(shipper: ShipperProce
     assert shipper.pid
 
 
+def test_one_that_ended_itself_over_a_hung_store_is_started_again_soon_however_often(
+    shipper: ShipperProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hung = tmp_path / "hung"
+    hung.write_text(f"#!/bin/sh\nexit {EXIT_HUNG}\n")
+    hung.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(hung))
+    for number in range(8):
+        shipper.tend(float(number))
+        wait_for(shipper.ended, "it is gone")
+        shipper.tend(number + 0.25)
+        assert (shipper.pid, shipper.restarts) == (0, number + 1)
+    monkeypatch.undo()
+    shipper.tend(8.0)
+    assert shipper.pid
+
+
+def test_it_can_be_told_to_hurry_while_it_runs_before_and_after_and_more_often_than_it_listens(
+    shipper: ShipperProcess,
+) -> None:
+    shipper.hurry()
+    shipper.tend(0.0)
+    os.kill(shipper.pid, signal.SIGSTOP)
+    for _ in range(20_000):
+        shipper.hurry()
+    killed(shipper)
+    shipper.hurry()
+
+
 def test_a_machine_without_room_for_a_process_does_not_end_the_daemon(
     shipper: ShipperProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,3 +189,131 @@ def test_it_dies_with_its_parent_however_that_dies(config: str, tmp_path: Path) 
     wait_for(lambda: dead(pid), "it is gone")
     parent.stdin.close()
     parent.stdout.close()
+
+
+# With a Hub
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    with Hub(tmp_path / "hub") as hub:
+        yield hub
+
+
+def test_it_logs_in_with_a_token_that_stands_in_no_environment_no_argument_no_log_and_no_file(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    token = hub.token()
+    theirs = {
+        "PYTHONPATH": PATHS, "HOME": str(tmp_path / "home"), "HF_HOME": str(tmp_path / "home/hf"),
+        "HF_ENDPOINT": hub.url, "SSL_CERT_FILE": "", "NO_PROXY": "127.0.0.1",
+    }  # fmt: skip
+    for name, value in {**theirs, "HF_TOKEN": token, "AWS_SECRET_ACCESS_KEY": "aws-very-secret"}.items():
+        monkeypatch.setenv(name, value)
+    state = make_state(tmp_path / "state")
+    config = Config(state_dir=state.root, to="hf://buckets/user/b", create_bucket="private", log_level="debug")
+    stale = state.xet / "logs" / "old"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("left by an earlier one")
+    builder = SegmentBuilder()
+    start = start_of(1)
+    builder.writer(start)
+    builder.batch(start.writer, 1, 1, frame(Kind.METRICS, 1, {"loss": 0.5}))
+    (state.wal / builder.name).write_bytes(builder.data)
+    shipper = ShipperProcess(config.to_json())
+    try:
+        shipper.tend(0.0)
+        wait_for(lambda: state.shipper_report.exists() and not list(state.wal.glob("*.wal")), "it works")
+        wait_for(lambda: '"uploaded_shards": 1,' in state.shipper_report.read_text(), "it uploads", 60)
+        proc = Path(f"/proc/{shipper.pid}")
+        born_with = dict(entry.split("=", 1) for entry in proc.joinpath("environ").read_text().split("\0") if entry)
+        assert born_with.items() >= theirs.items()
+        assert born_with["HF_XET_CACHE"] == str(state.xet)
+        for part in ("environ", "cmdline"):
+            assert token not in proc.joinpath(part).read_text()
+            assert "aws-very-secret" not in proc.joinpath(part).read_text()
+        shipper.stop()
+        wait_for(shipper.ended, "it stops", 60)
+    finally:
+        shipper.kill()
+    assert len(hub.buckets.get("user/b").files) == 1
+    assert not stale.exists(), "what an earlier process left in the cache is gone"
+    assert list(state.xet.rglob("*.mdb")), "and the cache is ours"
+    assert not list(tmp_path.rglob("*.log")), "no log file grows anywhere"
+    said = "".join(capfd.readouterr())
+    assert "shipper_stopped" in said
+    assert "HTTP Request" not in said
+    assert "X-Xet-Access-Token" not in said
+    kept = [path for path in tmp_path.rglob("*") if path.is_file() and tmp_path / "hub" not in path.parents]
+    assert not [path for path in kept if token.encode() in path.read_bytes()]
+    assert token not in said
+
+
+HANGING = """
+import ctypes, os, sys
+if "ranklogd" in " ".join(sys.orig_argv):
+    from pathlib import Path
+    from types import SimpleNamespace
+    from ranklog.stores import base
+    from ranklog.stores.dir import DirStore
+    class Hanging(DirStore):
+        def put(self, uploads):
+            if os.path.exists({flag!r}):
+                ctypes.CDLL(None).pause()
+            return super().put(uploads)
+    sys.modules["hanging"] = SimpleNamespace(open_url=lambda url, options: Hanging(Path({data!r})))
+    base._MODULES["mem"] = "hanging"
+"""
+
+
+def test_while_every_call_to_the_store_hangs_for_ever_records_are_acknowledged_and_the_watchdog_is_fed(
+    tmp_path: Path,
+) -> None:
+    flag, site = tmp_path / "store-hangs", tmp_path / "site"
+    flag.touch()
+    site.mkdir()
+    systemd = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    systemd.bind(str(tmp_path / "n"))
+    systemd.settimeout(60)
+    with Node(tmp_path) as node, systemd:
+        (site / "sitecustomize.py").write_text(HANGING.format(flag=str(flag), data=str(node.data)))
+        node.env |= {
+            "PYTHONPATH": os.pathsep.join([str(site), node.env["PYTHONPATH"]]),
+            "RANKLOG_TO": "mem://x", "NOTIFY_SOCKET": str(tmp_path / "n"),
+            "RANKLOG_SEAL_AGE_S": "0.2", "RANKLOG_UPLOAD_DEADLINE_S": "2",
+        }  # fmt: skip
+        daemon = node.start_daemon()
+        logged = 0
+        for restarts in range(3):
+            code = (
+                "import sys, ranklog\n"
+                "run = ranklog.init('p', id='r')\n"
+                "for i in range(100): run.log({'x': int(sys.argv[1]) + i})\n"
+                "assert run.flush(20), 'not acknowledged'\n"
+                "run.finish()\n"
+            )
+            done = node.python(code, str(logged))
+            assert done.returncode == 0, done.stderr
+            logged += 100
+            wait_for(lambda: node.status()["shipper"].get("last_error_class") == "hung", "it says that it hangs", 60)
+            drained(systemd)
+            assert b"WATCHDOG=1" in systemd.recv(4096)
+            wait_for(lambda least=restarts: node.status()["shipper_restarts"] > least, "a new one begins anew", 60)
+        assert node.ping() == daemon.pid
+        log = (tmp_path / "daemon.log").read_text()
+        assert log.count("store_hung") == log.count(f"shipper_down reason='exit code {EXIT_HUNG}' pause_s=0.5")
+        flag.unlink()
+        node.upload(120)
+        values = [row["value"] for row in node.raw_rows("key = 'x'")]
+        assert sorted(values) == [float(i) for i in range(logged)], "each record is there, and once"
+
+
+def drained(sock: socket.socket) -> None:
+    """Read what has come, so that what comes next is new."""
+    with_timeout = sock.gettimeout()
+    sock.setblocking(False)
+    try:
+        while sock.recv(4096):
+            continue
+    except BlockingIOError:
+        sock.settimeout(with_timeout)

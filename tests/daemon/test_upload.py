@@ -1,7 +1,7 @@
 import hashlib
+import math
 import os
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,8 @@ from ranklog.stores import ObjectInfo, Upload, base
 from ranklog.stores.base import Allowance
 from ranklog.stores.dir import DirStore
 from ranklogd.config import Config
-from ranklogd.ship.upload import Uploader
+from ranklogd.ship.holds import ASKED_SPREAD, PROBE_S, RETRY_AFTER_MAX_S
+from ranklogd.ship.upload import HURRY_S, Uploader
 from ranklogd.statedir import StateDir
 from ranklogd.wal.segment import sealed_name
 from segments import STORE_ID, make_state
@@ -41,12 +42,17 @@ class FakeStore:
         self.silent: set[str] = set()
         self.head_error: StoreError | None = None
         self.sizes: dict[str, int] = {}
-        self.block: threading.Event | None = None
+        self.poison: dict[str, StoreError] = {}
+        """Part of a key -> how the whole call fails that holds such a key."""
+        self.before: Callable[[Sequence[Upload]], None] = lambda _: None
+        """Called first by each put."""
 
     def put(self, uploads: Sequence[Upload]) -> dict[str, StoreError | None]:
         self.calls.append([upload.key for upload in uploads])
-        if self.block is not None:
-            assert self.block.wait(60)
+        self.before(uploads)
+        for part, error in self.poison.items():
+            if any(part in upload.key for upload in uploads):
+                raise error
         if self.broken is not None and not self.lose_reply:
             raise self.broken
         results: dict[str, StoreError | None] = {}
@@ -395,7 +401,231 @@ def test_the_totals_follow_the_files(house):
     assert outbox.first_segment() is None
 
 
-FAULTS = st.sampled_from(["none", "away", "lose reply", "refuse a", "lie", "silent", "restart", "add", "never b"])
+# Calls that fail as a whole
+
+
+def test_a_call_that_fails_as_a_whole_is_not_followed_by_one_for_each_run(house):
+    house.store.broken = AWAY
+    for number in range(1, 21):
+        house.add(number, run=f"r{number}")
+    assert house.drain() == 1
+    assert len(house.store.calls) == 1
+    house.clock.now_s += 1
+    assert house.drain() == 2
+    assert len(house.store.calls) == 2
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+@pytest.mark.parametrize("culprits", [[0], [17], [63], [5, 6, 40]], ids=str)
+def test_the_one_shard_that_makes_a_call_fail_for_good_is_found_and_the_others_arrive(tmp_path, status, culprits):
+    house = House(tmp_path / "state", upload_batch_max=64)
+    keys = house.add(1, shards=64)
+    bad = {keys[i] for i in culprits}
+    house.store.poison = dict.fromkeys(bad, StoreError(f"{status} not like this", permanent=True))
+    assert house.drain() is None
+    assert set(house.store.objects) == set(keys) - bad
+    assert house.store.objects.items() <= house.made.items()
+    for key in keys:
+        dead = house.state.deadletter / key
+        assert dead.exists() == (key in bad)
+        if key in bad:
+            assert dead.read_bytes() == house.made[key]
+            assert str(status) in dead.with_name(f"{dead.name}.reason").read_text()
+    assert len(house.store.calls) <= 20 * len(culprits), "and not one for each shard"
+    assert house.left() == []
+
+
+def test_after_a_culprit_was_found_calls_grow_to_their_full_size_again(house):
+    bad, *_ = house.add(1, shards=4)
+    house.store.poison = {bad: NEVER}
+    house.add(2, shards=12)
+    house.drain()
+    assert [len(call) for call in house.store.calls] == [4, 2, 1, 1, 2, 4, 4, 4]
+
+
+def test_while_a_culprit_is_looked_for_nothing_is_set_aside_and_the_status_says_what_goes_on(house):
+    house.store.poison = {"run_id=r": NEVER}
+    house.add(1, shards=4)
+    house.uploader.step()
+    assert len(house.waiting()) == 4
+    assert house.uploader.last_error_class == "permanent"
+    assert house.uploader.last_error == "one of 4 shards is looked for: 400 bad request"
+
+
+def test_a_line_too_slow_for_a_full_call_gets_smaller_ones_and_everything_through(tmp_path):
+    house = House(tmp_path / "state", upload_batch_max=64, upload_deadline_s=100)
+
+    def crawl(uploads: Sequence[Upload]) -> None:
+        needed_s = sum(upload.source.stat().st_size for upload in uploads)  # A byte a second.
+        house.clock.now_s += min(needed_s, 100)
+        if needed_s > 100:
+            raise StoreError("no answer within 100 s", permanent=False)
+
+    house.store.before = crawl
+    house.add(1, shards=64)
+    for _ in range(30):
+        if (wait_s := house.drain()) is None:
+            break
+        house.clock.now_s += wait_s
+    assert house.store.objects == house.made
+    assert max(map(len, house.store.calls)) == 64
+    assert len(house.store.calls) <= 25
+
+
+def test_a_store_that_is_merely_away_does_not_make_later_calls_smaller(house):
+    house.store.broken = AWAY
+    house.add(1, shards=8)
+    for _ in range(8):
+        house.clock.now_s += house.drain()
+    house.store.broken = None
+    house.drain()
+    assert [len(call) for call in house.store.calls] == [4] * 10
+
+
+# What each kind of error says and does
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "next_s"),
+    [
+        (AWAY, "transient", 1),
+        (StoreError("401", permanent=False, held=True), "held", PROBE_S),
+        (StoreError("503", permanent=False, retry_after_s=77.0), "transient", 77 * (1 + ASKED_SPREAD)),
+        (StoreError("429", permanent=False, retry_after_s=86_400.0), "transient", RETRY_AFTER_MAX_S * (1 + ASKED_SPREAD)),
+        (StoreError("429", permanent=False, retry_after_s=math.inf), "transient", RETRY_AFTER_MAX_S * (1 + ASKED_SPREAD)),
+    ],
+    ids=["transient", "held", "asked", "asked for a day", "asked for ever"],
+)  # fmt: skip
+@pytest.mark.parametrize("way", ["whole call", "one shard"])
+def test_the_status_names_the_kind_of_an_error_and_when_the_next_try_is(house, error, kind, next_s, way):
+    house.add(1)
+    if way == "whole call":
+        house.store.broken = error
+    else:
+        house.store.refuse = {"run_id=r": error}
+    assert house.drain() == pytest.approx(next_s)
+    assert house.uploader.last_error == str(error)
+    assert house.uploader.last_error_class == kind
+    assert house.uploader.next_try_s() == pytest.approx(next_s)
+    house.clock.now_s += next_s + 1e-6
+    house.store.broken, house.store.refuse = None, {}
+    assert house.drain() is None
+    assert (house.uploader.last_error, house.uploader.last_error_class, house.uploader.next_try_s()) == ("", "", 0)
+
+
+def test_a_refused_login_is_probed_once_a_minute_and_uploads_go_on_once_it_is_good_again(house):
+    keys = house.add(1, shards=6)
+    house.store.broken = StoreError("401 log in again", permanent=False, held=True)
+    for _ in range(60):
+        house.clock.now_s += house.drain()
+    assert len(house.store.calls) == 60
+    assert house.clock.now_s == 1000 + 60 * PROBE_S
+    assert house.waiting() == sorted(keys)
+    house.store.broken = None
+    assert house.drain() is None
+    assert house.store.objects == house.made
+
+
+# A store that counts calls
+
+
+@pytest.fixture
+def paced_house(tmp_path: Path) -> House:
+    return House(tmp_path / "state", to="hf://buckets/me/logs", upload_interval_min_s=10.0, cache_size_bytes=0)
+
+
+def run(house: House, until_s: float, *, each_s: float = 30.0, run_of: Callable[[int], str] = lambda _: "r") -> None:
+    """Let time pass to `until_s` with a new shard every `each_s`, stepping when the uploader wants to."""
+    number = round(house.clock.now_s / each_s)
+    while house.clock.now_s < until_s:
+        number += 1
+        house.add(number, run=run_of(number))
+        next_s = number * each_s
+        while house.clock.now_s < next_s:
+            wait_s = house.drain()
+            house.clock.now_s = min(next_s, house.clock.now_s + (math.inf if wait_s is None else wait_s))
+
+
+def test_a_backlog_makes_larger_calls_and_not_more_of_them(paced_house):
+    house = paced_house
+    for segment in range(1, 6):
+        house.add(segment * 10, shards=500)
+    began_s = house.clock.now_s
+    while (wait_s := house.drain()) is not None:
+        house.clock.now_s += wait_s
+    assert [len(call) for call in house.store.calls] == [1000, 1000, 500]
+    assert 2 * 7.5 <= house.clock.now_s - began_s <= 2 * 12.5
+    assert house.store.objects == house.made
+
+
+def test_an_outage_of_six_hours_ends_with_a_few_large_calls_oldest_first_and_no_storm(paced_house):
+    house = paced_house
+    house.store.broken = AWAY
+    house.clock.now_s = 0
+    run(house, 6 * 3600, run_of=lambda number: f"r{number % 8}")
+    assert len(house.store.calls) < 6 * 3600 / 300 + 20, "one call in five minutes, whatever waits"
+    assert len(house.waiting()) == 720
+    house.store.broken = None
+    house.store.calls.clear()
+    back_s = house.clock.now_s
+    while (wait_s := house.drain()) is not None:
+        house.clock.now_s += wait_s
+    order = [key for call in house.store.calls for key in call]
+    assert order == list(house.made), "oldest first"
+    assert len(house.store.calls) == 1
+    assert house.clock.now_s - back_s <= 300, "it drains with the first try, and that is never far"
+
+
+def test_failures_keep_the_least_distance_too_so_that_one_that_is_looked_for_costs_no_burst_of_calls(tmp_path):
+    house = House(tmp_path / "state", to="hf://buckets/me/logs", upload_interval_min_s=600.0)
+    house.store.broken = AWAY
+    house.add(1)
+    assert house.drain() == 750
+    house.store.broken = None
+    house.store.poison = {"run_id=r": NEVER}
+    house.add(2, shards=3)
+    for _ in range(3):
+        house.clock.now_s += 750
+        assert house.drain() == 750
+    assert [len(call) for call in house.store.calls] == [1, 4, 2, 1], "the culprit is looked for at that pace as well"
+
+
+def test_who_is_in_a_hurry_does_not_wait_for_the_pace_until_that_time_is_over(paced_house):
+    house = paced_house
+    house.add(1)
+    house.drain()
+    house.add(2)
+    assert house.drain() == 12.5
+    house.uploader.hurry()
+    assert house.drain() is None
+    house.add(3)
+    assert house.drain() is None, "what was converted a moment later goes as well"
+    house.clock.now_s += HURRY_S
+    house.add(4)
+    house.uploader.step()
+    house.add(5)
+    assert house.drain() > 0
+    assert len(house.store.objects) == 4
+
+
+def test_a_hurry_does_not_skip_what_the_store_asked_for_nor_tries_again_and_again(paced_house):
+    house = paced_house
+    house.add(1)
+    house.store.broken = StoreError("429", permanent=False, retry_after_s=120.0)
+    house.drain()
+    house.uploader.hurry(600)
+    assert house.drain() == pytest.approx(120 * (1 + ASKED_SPREAD))
+    assert len(house.store.calls) == 1
+    house.store.broken = AWAY
+    house.clock.now_s += 150
+    for _ in range(5):
+        house.clock.now_s += house.drain()
+    assert len(house.store.calls) == 6, "what fails in a hurry waits as ever"
+
+
+FAULTS = st.sampled_from(
+    ["none", "away", "lose reply", "refuse a", "lie", "silent", "restart", "add", "never b", "poison b", "asked"]
+)
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -406,7 +636,9 @@ def test_whatever_fails_in_whatever_order_every_shard_arrives_or_is_kept(tmp_pat
     for segment, fault in enumerate(faults, start=1):
         store = house.store
         store.broken = AWAY if fault in ("away", "lose reply") else None
+        store.broken = StoreError("429", permanent=False, retry_after_s=0.5) if fault == "asked" else store.broken
         store.lose_reply = fault == "lose reply"
+        store.poison = {"run_id=b": NEVER} if fault == "poison b" else {}
         store.refuse = {"refuse a": {"run_id=a": AWAY}, "never b": {"run_id=b": NEVER}}.get(fault, {})
         store.lie = fault == "lie"
         store.silent = set(house.made) if fault == "silent" else set()
@@ -422,6 +654,8 @@ def test_whatever_fails_in_whatever_order_every_shard_arrives_or_is_kept(tmp_pat
             assert dead + (key in waiting) <= 1
             assert dead or key in waiting or store.objects[key] == data
     house.store.broken, house.store.refuse, house.store.lie, house.store.silent = None, {}, False, set()
+    house.store.poison = {}
+    house.clock.now_s += 1
     house.uploader.hurry()
     assert house.drain() is None
     dead = {key for key in house.made if (house.state.deadletter / key).exists()}

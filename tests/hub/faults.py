@@ -2,6 +2,7 @@
 
     with hub.fault("batch", status=503, times=2): …
     hub.fault("batch", drop_reply=True, times=1)        applied, and nobody is told
+    hub.fault("batch", status=413, naming="run_id=a")   only requests whose body names such a path
 
 A route's name is that of `server.ROUTES`; "*" is every route.
 """
@@ -26,12 +27,18 @@ class Fault:
     """Read the request and say nothing until the fault ends."""
     slow: bool = False
     """Answer, one byte a second."""
+    slow_head: bool = False
+    """Begin to answer, and never come to the end of a header."""
     drop: bool = False
     """Close the connection before anything is done."""
+    half: bool = False
+    """Do everything, and close the connection in the middle of the answer."""
     drop_reply: bool = False
     """Do everything, and close the connection instead of answering."""
     fail_paths: str = ""
     """In a batch: refuse the paths that contain this, inside a 200."""
+    naming: str = ""
+    """Hit only requests whose body contains this."""
     expired_token: bool = False
     """Hand out a content-store token that has expired."""
     times: int | None = None
@@ -72,12 +79,12 @@ class Faults:
                 fault.end()
             self._faults.clear()
 
-    def strike(self, route: str) -> Fault | None:
+    def strike(self, route: str, body: bytes = b"") -> Fault | None:
         """Return the fault that hits this request, and count it."""
         with self._lock:
             self._faults = [fault for fault in self._faults if not fault.over.is_set()]
             for fault in self._faults:
-                if fault.route not in (route, "*"):
+                if fault.route not in (route, "*") or fault.naming.encode() not in body:
                     continue
                 if fault.skip:
                     fault.skip -= 1

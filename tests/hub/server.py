@@ -14,6 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -104,6 +105,10 @@ class Hub:
         self.requests: Counter[str] = Counter()
         self.seen_tokens: set[str] = set()
         """Every bearer token that arrived."""
+        self.arrivals: list[tuple[float, str]] = []
+        """When a request was there whole (monotonic), and its route."""
+        self.uplink_bytes_s = 0
+        """How fast bodies of requests come in; 0: as fast as they do."""
         self.max_page = 1000
         self.faults = Faults()
         self._directory = directory
@@ -164,7 +169,7 @@ class Hub:
 
     def revoke(self, token: str) -> None:
         """Make a token worth nothing."""
-        del self.buckets.tokens[token]
+        self.buckets.tokens[token] = replace(self.buckets.tokens[token], expires_s=0.0)
 
     def fault(self, route: str, **fields: Any) -> Fault:
         """Switch a fault on."""
@@ -482,7 +487,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         name, work = found
         self.hub.requests[name] += 1
-        fault = self.hub.faults.strike(name)
+        self.hub.arrivals.append((time.monotonic(), name))
+        fault = self.hub.faults.strike(name, body)
         if fault is not None and not self._go_on(fault):
             return
         try:
@@ -500,23 +506,41 @@ class _Handler(BaseHTTPRequestHandler):
         if fault is not None and fault.drop_reply:
             self._cut()
         else:
-            self._send(answer, slow=fault is not None and fault.slow)
+            self._send(answer, slow=fault is not None and fault.slow, half=fault is not None and fault.half)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
 
     def _read_body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            return self._read(int(self.headers.get("Content-Length", 0)))
         parts = []
         while size := int(self.rfile.readline().split(b";")[0], 16):
-            parts.append(self.rfile.read(size))
+            parts.append(self._read(size))
             self.rfile.readline()
         self.rfile.readline()
         return b"".join(parts)
 
+    def _read(self, size: int) -> bytes:
+        """Read a body or a chunk of it, at the speed of the uplink."""
+        parts, pause = [], threading.Event()
+        while size > 0 and (rate := self.hub.uplink_bytes_s):
+            part = self.rfile.read(min(size, max(1, rate // 10)))
+            if not part:
+                break
+            parts.append(part)
+            size -= len(part)
+            pause.wait(len(part) / rate)
+        return b"".join([*parts, self.rfile.read(size)])
+
     def _go_on(self, fault: Fault) -> bool:
         if fault.hang:
             fault.over.wait()
+            self._cut()
+            return False
+        if fault.slow_head:
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+            while not fault.over.wait(0.1):
+                self.wfile.write(b"x")
             self._cut()
             return False
         if fault.drop:
@@ -531,7 +555,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         self.server.shutdown_request(self.connection)
 
-    def _send(self, answer: Answer, *, slow: bool = False) -> None:
+    def _send(self, answer: Answer, *, slow: bool = False, half: bool = False) -> None:
         self.send_response(answer.status)
         for name, value in answer.headers.items():
             self.send_header(name, value)
@@ -539,6 +563,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(answer.body)))
         self.end_headers()
         if self.command == "HEAD":
+            return
+        if half:
+            self.wfile.write(answer.body[: len(answer.body) // 2])
+            self._cut()
             return
         if not slow:
             self.wfile.write(answer.body)

@@ -1,20 +1,18 @@
 """`ranklog run` with real jobs, real signals and a real daemon: exit codes, draining, and who stops the daemon."""
 
-import fcntl
 import json
 import os
-import pty
 import re
 import shlex
 import signal
 import subprocess
 import sys
-import termios
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+import terminal
 from node import Node, wait_for
 from ranklog.autostart import is_listening
 
@@ -364,43 +362,14 @@ def test_as_pid_1_it_reaps_orphans_and_exits_with_the_jobs_code(node):
     assert done.returncode == 9, done.stderr
 
 
-def terminal(node: Node, *command: str) -> "tuple[subprocess.Popen[bytes], int]":
-    """Start a command as a shell does in a terminal; return it and the terminal's other end."""
-    ours, theirs = pty.openpty()
-
-    def own_the_terminal() -> None:
-        os.setsid()
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-    process = subprocess.Popen(
-        command, env=node.env, cwd=node.path, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=own_the_terminal
-    )
-    os.close(theirs)
-    return process, ours
-
-
-def read_until(fd: int, wanted: str) -> str:
-    seen = b""
-
-    def more() -> bool:
-        nonlocal seen
-        with suppress(BlockingIOError):
-            seen += os.read(fd, 4096)
-        return wanted in seen.decode("utf-8", "replace")
-
-    os.set_blocking(fd, False)
-    wait_for(more, f"{wanted!r} on the terminal")
-    return seen.decode("utf-8", "replace")
-
-
 def test_in_a_terminal_the_job_has_the_keyboard_and_ctrl_c_is_its_own(node):
     script = "print('you said', input('? '), flush=True); import time; time.sleep(60)"
-    process, keyboard = terminal(node, *RUN, sys.executable, "-c", script)
-    read_until(keyboard, "? ")
+    process, keyboard = terminal.start([*RUN, sys.executable, "-c", script], node.env, node.path)
+    terminal.read_until(keyboard, "? ")
     os.write(keyboard, b"hello\n")
-    read_until(keyboard, "you said hello")
+    terminal.read_until(keyboard, "you said hello")
     os.write(keyboard, b"\x03")
-    read_until(keyboard, "KeyboardInterrupt")
+    terminal.read_until(keyboard, "KeyboardInterrupt")
     assert process.wait(30) == 130
     os.close(keyboard)
 
@@ -408,11 +377,28 @@ def test_in_a_terminal_the_job_has_the_keyboard_and_ctrl_c_is_its_own(node):
 def test_in_a_terminal_ctrl_z_stops_run_and_job_and_both_go_on(node):
     script = "import time, os; print('ready', flush=True)\nwhile not os.path.exists('enough'): time.sleep(0.01)"
     command = shlex.join([*RUN, sys.executable, "-c", script])
-    process, keyboard = terminal(node, "sh", "-ic", f"{command}; echo stopped $?; fg; echo code $?")
-    read_until(keyboard, "ready")
+    process, keyboard = terminal.start(
+        ["sh", "-ic", f"{command}; echo stopped $?; fg; echo code $?"], node.env, node.path
+    )
+    terminal.read_until(keyboard, "ready")
     os.write(keyboard, b"\x1a")
-    read_until(keyboard, "stopped 14")  # 128 + SIGSTOP or SIGTSTP, as the shell counts.
+    terminal.read_until(keyboard, "stopped 14")  # 128 + SIGSTOP or SIGTSTP, as the shell counts.
     (node.path / "enough").touch()
-    read_until(keyboard, "code 0")
+    terminal.read_until(keyboard, "code 0")
     assert process.wait(30) == 0
     os.close(keyboard)
+
+
+def test_on_a_terminal_the_drain_says_what_waits_and_why_until_it_is_done(node):
+    (node.path / "wall").touch()
+    to = str(node.path / "wall" / "store")
+    process, screen = terminal.start(
+        [*RUN, "--to", to, "--", sys.executable, "-c", LOGS, "a", "30"], node.env, node.path
+    )
+    seen = terminal.read_until(screen, "next try in")
+    assert re.search(r"\r\x1b\[Kranklog: 32 records, 1 shard, [\d.]+ kB wait, next try in [\d.]+ s: ", seen)
+    (node.path / "wall").unlink()
+    seen = terminal.read_until(screen, f"ranklog: everything is in {to}")
+    assert seen.replace("\r\n", "\n").rpartition("ranklog:")[0].endswith("\r\x1b[K"), "the bar is taken away"
+    assert process.wait(30) == 0
+    os.close(screen)

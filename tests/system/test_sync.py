@@ -1,12 +1,14 @@
 """`ranklog sync`: what waits in a node's journals and spools comes in, with or without a daemon."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 
 import pytest
 
+import terminal
 from node import Node, wait_for
 from ranklog.autostart import is_listening
 
@@ -120,3 +122,16 @@ def test_interrupted_it_stops_its_daemon_and_says_what_is_left(node):
     assert process.wait(20) == 4
     assert "32 records are not in" in process.stderr.read()
     assert not is_listening(socket)
+
+
+def test_on_a_terminal_it_says_what_waits_and_why_until_it_is_done(node):
+    assert node.python(LOGS, "a", "30", RANKLOG_MODE="offline").returncode == 0
+    (node.path / "wall").touch()
+    to = str(node.path / "wall/store")
+    process, screen = terminal.start([*SYNC, "--to", to], node.env, node.path)
+    seen = terminal.read_until(screen, "next try in")
+    assert "\r\x1b[Kranklog: 32 records, 1 shard, " in seen
+    (node.path / "wall").unlink()
+    terminal.read_until(screen, f"32 records uploaded to {to}")
+    assert process.wait(30) == 0
+    os.close(screen)

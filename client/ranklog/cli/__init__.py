@@ -44,10 +44,17 @@ COMMANDS = {
     "ls": Command("ranklog.cli.ls", "runs in a store", "read"),
     "query": Command("ranklog.cli.query", "SQL over the views `records` and `metrics`", "read"),
     "tail": Command("ranklog.cli.tail", "the newest rows, and with --follow those to come", "read"),
-    "sync": Command("ranklogd.commands.sync", "bring in what waits in this node's journals and spools", "daemon"),
+    "sync": Command("ranklogd.commands.sync", "bring in what waits on this node, or in a directory", "daemon"),
     "fsck": Command("ranklogd.commands.fsck", "what is in the daemon's state directory, checked and mended", "all"),
     "requeue": Command("ranklogd.commands.requeue", "bring back what was refused or put aside", "all"),
 }
+
+_STORES = """\
+stores (--to, or RANKLOG_TO):
+  /a/directory                             on any filesystem
+  hf://buckets/NAMESPACE/BUCKET[/PREFIX]   a Hugging Face Bucket; log in with: hf auth login
+  s3://BUCKET[/PREFIX]  gs://…  az://…     object stores; pip install "ranklog[s3]"
+"""
 
 EXIT_CODES = """\
 exit codes:
@@ -150,7 +157,7 @@ def usage() -> str:
     return (
         "usage: ranklog COMMAND [options]        ranklog COMMAND --help        ranklog --version\n\n"
         "Every rank logs, training never waits, no crash loses a record, and the result is plain parquet.\n\n"
-        f"commands, each with --json:\n{commands}\n{EXIT_CODES}"
+        f"commands, each with --json:\n{commands}\n{_STORES}\n{EXIT_CODES}"
     )
 
 

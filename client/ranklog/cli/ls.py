@@ -39,10 +39,10 @@ def run(args: argparse.Namespace) -> int:
     if args.url and args.to and args.url != args.to:
         raise UsageError(f"two stores given: {args.url!r} and --to {args.to!r}; name one")
     url = args.url or args.to or default_url()
+    from ranklog.reader.local import open_source
     from ranklog.reader.runs import summarize_runs
-    from ranklog.stores import open_store
 
-    summaries = summarize_runs(open_store(url), args.project, args.run)
+    summaries = summarize_runs(open_source(url), args.project, args.run)
     if args.json:
         print_json([_as_json(summary) for summary in summaries])
     elif summaries:
@@ -50,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
         table = lay_out(_HEADER, [_as_row(summary) for summary in summaries], _LOOKS, width)
         print("\n".join(table.lines))
+        if any(summary.records is None for summary in summaries):
+            print("?: not counted, for that takes every shard of a run (ranklog ls --run RUN)")
         if table.hidden:
             print(f"not shown for lack of room: {', '.join(table.hidden)} (use a wider terminal, or --json)")
     else:
@@ -68,7 +70,7 @@ def _as_row(summary: "RunSummary") -> list[str]:
         _minute(summary.last_ts_us),
         human_size(summary.size_bytes),
         f"{summary.shards:,}",
-        f"{summary.rows:,}",
+        "?" if summary.rows is None else f"{summary.rows:,}",
         _minute(summary.first_ts_us),
     ]
 

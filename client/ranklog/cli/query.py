@@ -37,13 +37,13 @@ def run(args: argparse.Namespace) -> int:
 
     from ranklog.reader.damage import first_line, shard_errors
     from ranklog.reader.fetch import fetch_batches
+    from ranklog.reader.local import open_source
     from ranklog.reader.runs import find_shards
     from ranklog.reader.sql import connect_shards
-    from ranklog.stores import open_store
 
     statement = sys.stdin.read() if args.sql == "-" else args.sql
     style = "json" if args.json else args.format or "table"
-    store = open_store(args.to or default_url())
+    store = open_source(args.to or default_url())
     shards = find_shards(store, args.project, args.run)
     try:
         with connect_shards(store, shards) as con, shard_errors(store, shards, users_statement=True):

@@ -1,12 +1,12 @@
 """`ranklog tail`: the newest rows of a run, and with --follow the rows of each shard as it arrives.
 
 Rows arrive by shards, so --follow is as late as the daemon's seal age (10 s) plus the upload.
+How new shards are found is the business of `ranklog.reader.live`.
 """
 
 import argparse
 import json
 import sys
-import threading
 from typing import Any
 
 from ranklog.cli.ls import add_store_arguments
@@ -31,7 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-f", "--follow", action="store_true", help="print further rows as they arrive, until Ctrl-C")
     parser.add_argument(
-        "--interval", type=float, default=2.0, metavar="S", help="seconds between two looks (default: %(default)s)"
+        "--interval",
+        type=float,
+        default=2.0,
+        metavar="S",
+        help="seconds between two looks, where the store does not tell by itself (default: %(default)s; more over a "
+        "network while nothing comes)",
     )
 
 
@@ -40,14 +45,16 @@ def run(args: argparse.Namespace) -> int:
     if args.rows < 0 or not 0.05 <= args.interval <= 86_400:
         raise UsageError(f"-n is {args.rows} and --interval {args.interval:g}; they must be ≥ 0 and 0.05..86400")
     from ranklog.reader.follow import Follower
+    from ranklog.reader.live import follow
+    from ranklog.reader.local import open_source
     from ranklog.reader.sql import among, key_condition, quote
-    from ranklog.stores import open_store
 
     condition = among("kind", [quote(kind) for kind in SHOWN_KINDS])
     if args.key:
         condition += f" AND {key_condition(args.key)}"
     url = args.to or default_url()
-    follower = Follower(open_store(url), args.project, args.run, condition)
+    store = open_source(url)
+    follower = Follower(store, args.project, args.run, condition)
     show = _show_json if args.json else _show
     rows = follower.newest(args.rows)
     show(rows, with_run=args.run is None)
@@ -55,11 +62,8 @@ def run(args: argparse.Namespace) -> int:
         sys.stderr.write(f"No rows yet in {url}.\n")
     sys.stdout.flush()
     warn_pending()
-    never = threading.Event()
-    while args.follow:
-        never.wait(args.interval)  # Unlike time.sleep, returns at once when a signal's handler raises.
-        fresh = follower.fresh()
-        if fresh is not None:
+    if args.follow:
+        for fresh in follow(store, follower, args.interval):
             show(fresh, with_run=args.run is None)
             sys.stdout.flush()
     return 0

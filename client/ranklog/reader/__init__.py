@@ -1,16 +1,19 @@
 """The reading side: listing -> shards -> DuckDB -> Arrow. Needs the extra `read`; importing this package does not.
 
-    listing   which shards exist and are visible (names only)
-    local     shards as local files
-    footer    what a shard says of itself
-    overlap   which shards may repeat a record
-    runs      runs by display name, and their summaries
-    sql       DuckDB views over shards
-    fetch     DuckDB's results as Arrow, in such a way that Ctrl-C ends them
-    damage    which shard a failed read is due to
-    table     `read`: an Arrow table, thinned on request
-    follow    rows of shards as they arrive
-    pending   writers of this node whose records no daemon has taken
+    listing      which shards exist and are visible (names only)
+    local        stores as readers open them, shards as local files
+    shardcache   shards of stores over the network, kept on this node
+    progress     how far a larger download is
+    footer       what a shard says of itself
+    overlap      which shards may repeat a record
+    runs         runs by display name, and their summaries
+    sql          DuckDB views over shards
+    fetch        DuckDB's results as Arrow, in such a way that Ctrl-C ends them
+    damage       which shard a failed read is due to
+    table        `read`: an Arrow table, thinned on request
+    follow       rows of shards as they arrive
+    live         when to look for them: the store's feed of changes, or again and again
+    pending      writers of this node whose records no daemon has taken
 
 Nothing here writes to a store.
 """

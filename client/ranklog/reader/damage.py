@@ -2,7 +2,7 @@
 
 DuckDB seldom says which file it stumbled over. A shard's name holds the checksum of its bytes, so after an error that
 looks like damage the shards are read once more, as bytes, to name those that changed. Where none did, the statement
-was at fault.
+was at fault. What is damaged in the cache only is removed there, and the next read fetches it again.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ import duckdb
 from ranklog.errors import FormatError, RanklogError, StoreError
 from ranklog.reader.footer import read_footer
 from ranklog.reader.listing import Shard
-from ranklog.reader.local import local_paths
+from ranklog.reader.local import default_cache, in_place, local_path
 from ranklog.stores import Store
 
 NAMED_MAX = 3
@@ -31,7 +31,7 @@ def shard_errors(store: Store, shards: Sequence[Shard], *, users_statement: bool
     try:
         yield
     except (FileNotFoundError, duckdb.Error) as exc:
-        missing = [path for path in local_paths(store, shards) if not path.exists()]
+        missing = [path for shard in shards if not (path := local_path(store, shard)).exists()]
         if missing:
             # Compaction removes merged shards after a while: one may have gone between listing and reading.
             raise StoreError(f"{missing[0]} has gone from the store; try again", permanent=False) from exc
@@ -39,10 +39,15 @@ def shard_errors(store: Store, shards: Sequence[Shard], *, users_statement: bool
         if users_statement and type(exc) not in (duckdb.Error, duckdb.InvalidInputException):
             raise
         damaged = damaged_shards(store, shards)
+        if damaged and in_place(store) is None:
+            for shard in damaged:
+                default_cache().forget(shard)
+            text = f"{len(damaged)} shards were damaged in the cache on this node, and are removed there; try again"
+            raise StoreError(text, permanent=False) from exc
         if damaged:
-            raise FormatError(_describe(damaged, len(shards))) from exc
-        for path in local_paths(store, shards):
-            read_footer(path)  # Raises where a later ranklog wrote the shard, and says so.
+            raise FormatError(_describe([local_path(store, shard) for shard in damaged], len(shards))) from exc
+        for shard in shards:
+            read_footer(local_path(store, shard))  # Raises where a later ranklog wrote the shard, and says so.
         if users_statement:
             raise
         raise RanklogError(f"cannot read the shards of {store.url}: {first_line(exc)}") from exc
@@ -56,13 +61,13 @@ def _describe(damaged: Sequence[Path], count: int) -> str:
     )
 
 
-def damaged_shards(store: Store, shards: Sequence[Shard]) -> list[Path]:
-    """Return the local files whose bytes are not those their names promise; reads all of them."""
+def damaged_shards(store: Store, shards: Sequence[Shard]) -> list[Shard]:
+    """Return the shards whose local bytes are not those their names promise; reads all of them."""
     damaged = []
-    for shard, path in zip(shards, local_paths(store, shards), strict=True):
-        with path.open("rb") as file:
+    for shard in shards:
+        with local_path(store, shard).open("rb") as file:
             if not hashlib.file_digest(file, "sha256").hexdigest().startswith(shard.name.sha256):
-                damaged.append(path)
+                damaged.append(shard)
     return damaged
 
 

@@ -5,11 +5,14 @@ range lies properly inside another's of the same run, node and store_id was merg
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from ranklog.layout import ROOT, ShardKey, format_key, parse_key, project_prefix, run_prefix, slug, visible
-from ranklog.stores import Store
+from ranklog.stores import ObjectInfo, Store
+
+Lister = Callable[[str], Iterable[ObjectInfo]]
+"""What answers a listing by prefix in the place of the store: one who was told of every change since the last."""
 
 
 class RunPath(NamedTuple):
@@ -36,21 +39,24 @@ class Shard(NamedTuple):
         return RunPath(self.name.project_id, self.name.run_id)
 
 
-def list_shards(store: Store, project: str | None = None, run: str | None = None) -> list[Shard]:
+def list_shards(
+    store: Store, project: str | None = None, run: str | None = None, *, lister: Lister | None = None
+) -> list[Shard]:
     """Return the visible shards, sorted by run, node, store_id and lsn; `project` and `run` are true names (ids).
 
     Empty where nothing matches. Raises StoreError.
     """
     run_id = None if run is None else slug(run)
     sizes: dict[ShardKey, int] = {}
-    for found in store.list(_prefix(project, run)):
+    for found in (lister or store.list)(prefix_of(project, run)):
         name = parse_key(found.key)
         if name is not None and run_id in (None, name.run_id):
             sizes[name] = found.size_bytes
     return [Shard(name, sizes[name]) for name in visible(sizes)]
 
 
-def _prefix(project: str | None, run: str | None) -> str:
+def prefix_of(project: str | None, run: str | None = None) -> str:
+    """Return the prefix below which all shards asked for lie; where only the project is unknown, that of everything."""
     if project is None:
         return f"{ROOT}/"
     return project_prefix(project) if run is None else run_prefix(project, run)

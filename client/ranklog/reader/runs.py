@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 
 from ranklog.errors import FormatError
 from ranklog.reader.footer import Footer, count_records, read_footer
-from ranklog.reader.listing import Shard, by_run, list_shards
-from ranklog.reader.local import local_paths
+from ranklog.reader.listing import Lister, Shard, by_run, list_shards
+from ranklog.reader.local import in_place, local_paths, offline_hint
 from ranklog.stores import Store
 
 
@@ -34,11 +34,11 @@ class RunSummary:
     ranks: list[int]
     """Ranks whose start row has arrived."""
     writers: int | None
-    """Processes that wrote; None if a shard's footer does not tell."""
+    """Processes that wrote; None if a shard's footer does not tell, or was not fetched."""
     records: int | None
-    """Different records (start and end included); None if a shard's footer does not tell."""
-    rows: int
-    """Rows in the shards, one for each key of a record; counts a row that is in two shards twice."""
+    """Different records (start and end included); None if a shard's footer does not tell, or was not fetched."""
+    rows: int | None
+    """Rows in the shards, one for each key of a record; counts a row that is in two shards twice. None as above."""
     first_ts_us: int | None
     last_ts_us: int | None
     """Client clocks, microseconds since the epoch."""
@@ -53,26 +53,37 @@ class _Start(NamedTuple):
     name: str
 
 
-def find_shards(store: Store, project: str | None = None, run: str | None = None) -> list[Shard]:
+def find_shards(
+    store: Store, project: str | None = None, run: str | None = None, *, lister: Lister | None = None
+) -> list[Shard]:
     """Return the visible shards of the runs whose id, or else whose display name, is `run`; raises StoreError."""
-    shards = list_shards(store, project, run)
+    with offline_hint(store):
+        shards = list_shards(store, project, run, lister=lister)
     if shards or run is None:
         return shards
-    found: list[Shard] = []
-    for group in by_run(list_shards(store, project)).values():
-        # Each daemon's oldest shard is enough: all ranks of a run carry its name from their first record on.
-        oldest = {shard.name.store_id: shard for shard in reversed(group)}
-        if any(start.name == run for start in _starts(store, list(oldest.values()))):
-            found += group
-    return found
+    groups = by_run(list_shards(store, project, lister=lister))
+    # Each daemon's oldest shard is enough: all ranks of a run carry its name from their first record on.
+    oldest = {path: list({s.name.store_id: s for s in reversed(group)}.values()) for path, group in groups.items()}
+    local_paths(store, [shard for shards in oldest.values() for shard in shards])  # All in one go.
+    named = [path for path, shards in oldest.items() if any(start.name == run for start in _starts(store, shards))]
+    return [shard for path in named for shard in groups[path]]
 
 
 def summarize_runs(store: Store, project: str | None = None, run: str | None = None) -> list[RunSummary]:
-    """Return a summary of each run, the latest last, from footers and start rows; raises StoreError, FormatError."""
+    """Return a summary of each run, the latest last, from footers and start rows; raises StoreError, FormatError.
+
+    Over a network all shards are fetched of one run only: where none is named, each daemon's first and last shard of a
+    run must do. They tell its name, its ranks and its times, and of a longer run not how much it holds.
+    """
+    groups = by_run(find_shards(store, project, run))
+    everything = in_place(store) is not None or run is not None
+    chosen = groups if everything else {path: _ends(shards) for path, shards in groups.items()}
+    local_paths(store, [shard for shards in chosen.values() for shard in shards])  # All in one go.
     summaries = []
-    for path, shards in by_run(find_shards(store, project, run)).items():
-        footers = [read_footer(file) for file in local_paths(store, shards)]
-        starts = _starts(store, shards)
+    for path, shards in groups.items():
+        footers = [read_footer(file) for file in local_paths(store, chosen[path])]
+        starts = _starts(store, chosen[path])
+        whole = len(footers) == len(shards)
         known = [footer.writers for footer in footers if footer.writers is not None]
         summaries.append(
             RunSummary(
@@ -80,9 +91,9 @@ def summarize_runs(store: Store, project: str | None = None, run: str | None = N
                 run=_first(footers, "run") or path.run_id,
                 name=next((start.name for start in reversed(starts) if start.name), ""),
                 ranks=sorted({start.rank for start in starts if start.rank is not None}),
-                writers=len(set().union(*known)) if len(known) == len(footers) else None,
-                records=count_records(footers),
-                rows=sum(footer.rows for footer in footers),
+                writers=len(set().union(*known)) if len(known) == len(shards) else None,
+                records=count_records(footers) if whole else None,
+                rows=sum(footer.rows for footer in footers) if whole else None,
                 first_ts_us=min((f.first_ts_us for f in footers if f.first_ts_us is not None), default=None),
                 last_ts_us=max((f.last_ts_us for f in footers if f.last_ts_us is not None), default=None),
                 shards=len(shards),
@@ -90,6 +101,13 @@ def summarize_runs(store: Store, project: str | None = None, run: str | None = N
             )
         )
     return sorted(summaries, key=lambda summary: (summary.last_ts_us or 0, summary.project, summary.run))
+
+
+def _ends(shards: Sequence[Shard]) -> list[Shard]:
+    """Return the first and the last shard of each daemon."""
+    first = {shard.name.store_id: shard for shard in reversed(shards)}
+    last = {shard.name.store_id: shard for shard in shards}
+    return sorted({*first.values(), *last.values()})
 
 
 def _first(footers: Sequence[Footer], field: str) -> str | None:

@@ -18,11 +18,11 @@ import duckdb
 from ranklog.reader.damage import shard_errors
 from ranklog.reader.footer import read_footer
 from ranklog.reader.listing import Shard, by_run
-from ranklog.reader.local import local_paths
+from ranklog.reader.local import local_paths, open_source
 from ranklog.reader.overlap import may_repeat, settled_by_names
 from ranklog.reader.runs import find_shards
 from ranklog.schema import SCHEMA
-from ranklog.stores import Store, open_store
+from ranklog.stores import Store
 
 METRICS_COLUMNS = ("run", "rank", "step", "key", "value", "text", "ts", "project", "node", "attempt", "seq", "writer")
 """What people look for first stands first: a narrow terminal has no room for the rest."""
@@ -45,7 +45,7 @@ def connect(url: str, project: str | None = None, run: str | None = None) -> duc
 
     `run` is an id or a display name. An empty store gives empty views. Raises UsageError, StoreError, FormatError.
     """
-    store = open_store(url)
+    store = open_source(url)
     return connect_shards(store, find_shards(store, project, run))
 
 
@@ -67,6 +67,7 @@ def split(store: Store, shards: Sequence[Shard]) -> tuple[list[Path], list[Path]
     """Return the files that share no record with any other, and those that may."""
     clean: list[Path] = []
     suspect: list[Path] = []
+    local_paths(store, shards)  # All in one go.
     for group in by_run(shards).values():
         paths = local_paths(store, group)
         names = [shard.name for shard in group]

@@ -13,10 +13,10 @@ import pyarrow as pa
 from ranklog.errors import StoreError, UsageError
 from ranklog.reader.damage import shard_errors
 from ranklog.reader.fetch import fetch_table
+from ranklog.reader.local import open_source
 from ranklog.reader.runs import find_shards
 from ranklog.reader.sql import among, connect_shards, key_condition, quote
 from ranklog.schema import KIND_NAMES, SCHEMA
-from ranklog.stores import open_store
 
 POINTS_PER_BUCKET = 4
 """First, last, lowest, highest."""
@@ -78,14 +78,14 @@ def read_table(
     try:
         table = _select(url, project, run, where, max_points)
     except StoreError as exc:
-        if exc.permanent:
+        if exc.permanent or exc.held:
             raise
         table = _select(url, project, run, where, max_points)  # With a new listing.
     return table.cast(SCHEMA)
 
 
 def _select(url: str, project: str | None, run: str | None, where: str, max_points: int | None) -> pa.Table:
-    store = open_store(url)
+    store = open_source(url)
     shards = find_shards(store, project, run)
     with connect_shards(store, shards) as con, shard_errors(store, shards):
         kept = ""

@@ -9,10 +9,10 @@ imported only when a URL asks for it, so a directory store never loads a network
 
 import importlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from ranklog.errors import MissingExtra, StoreError, UsageError
 
@@ -63,6 +63,25 @@ class Upload(NamedTuple):
     key: str
 
 
+class Download(NamedTuple):
+    """One object on its way to a local file."""
+
+    key: str
+    target: Path
+
+
+class Change(NamedTuple):
+    """What a feed tells of one object."""
+
+    key: str
+    size_bytes: int
+    gone: bool
+    """It was deleted."""
+
+
+Changes = list[Change]
+
+
 class Store(Protocol):
     """A place for immutable objects. Every method raises StoreError, and nothing else, for what goes wrong outside.
 
@@ -100,8 +119,27 @@ class Store(Protocol):
         A permanent StoreError if there is no such object; `target` is then left as it was.
         """
 
+    def fetch(self, downloads: Sequence[Download]) -> Iterator[str]:
+        """Write many objects, in as few requests as the store can; yield each key once its file is whole.
+
+        The targets are new names in a directory that nobody else looks at: after an error something half may lie
+        there. Raises at the first failure; but for objects that are missing, a permanent error, after all others.
+        """
+
     def delete(self, keys: Sequence[str]) -> None:
         """Remove the objects, durably; those that are gone already are no error. Raises after having tried them all."""
+
+
+@runtime_checkable
+class Watched(Protocol):
+    """What a store can do beside, if it tells by itself what changes in it."""
+
+    def watch(self) -> Generator[Changes, None, None]:
+        """Yield [] once the feed stands: all that happens from then on is told, so a listing made then misses nothing.
+
+        Then the changes as they come, and [] now and then where there are none. Ends where something may have been
+        left out: watch again, list again. Raises StoreError if the feed fails or the server has none.
+        """
 
 
 def check_key(key: str) -> None:

@@ -24,7 +24,7 @@ from urllib.parse import unquote, urlsplit
 from ranklog import fs
 from ranklog.errors import StoreError, UsageError
 from ranklog.failpoint import failpoint
-from ranklog.stores.base import Allowance, ObjectInfo, StoreOptions, Upload, check_key
+from ranklog.stores.base import Allowance, Download, ObjectInfo, StoreOptions, Upload, check_key
 
 STALE_AFTER_S = 3600
 """A temporary file that was not written to for so long belongs to nobody any more."""
@@ -143,6 +143,21 @@ class DirStore:
                 fs.unlink(temporary)
         except OSError as exc:
             raise self._error(f"cannot copy {key} to {target}", exc) from exc
+
+    def fetch(self, downloads: Sequence[Download]) -> Iterator[str]:
+        """Copy one after the other; readers read a directory in place and never ask for this."""
+        missing: StoreError | None = None
+        for download in downloads:
+            try:
+                self.get(download.key, download.target)
+            except StoreError as exc:
+                if not exc.permanent:
+                    raise
+                missing = missing or exc
+            else:
+                yield download.key
+        if missing is not None:
+            raise missing
 
     def delete(self, keys: Sequence[str]) -> None:
         """Unlink the files and sync their directories, which stay: a put may be on its way into one of them."""

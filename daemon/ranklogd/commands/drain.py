@@ -5,17 +5,13 @@ their own while this one shows how far things are and watches for the deadline a
 daemon that dies meanwhile is asked again once it is back.
 """
 
-import shutil
-import sys
-import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from ranklog import control
-from ranklog.cli.output import printable
+from ranklog.cli.progress import Asking, Progress
 from ranklog.config import Settings
 from ranklog.control import Flushed
 from ranklog.errors import NoDaemon
@@ -23,10 +19,7 @@ from ranklog.wire import Wait
 from ranklogd.commands.launcher import Launcher, Pause
 
 LOOK_INTERVAL_S = 0.02
-SHOW_INTERVAL_S = 0.5
-SHOW_AFTER_S = 1.0  # What takes no longer needs no progress.
 RETRY_INTERVAL_S = 0.2
-_CLEAR_LINE = "\r\x1b[K"
 
 
 @dataclass(frozen=True)
@@ -45,64 +38,21 @@ class Drained:
     """Why it is not done; empty if it is."""
 
 
-class Progress:
-    """One line on a terminal that is rewritten in place, now and then; nothing anywhere else."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        self._loud = not quiet and sys.stderr.isatty()
-        self._shown = False
-        self._next_s = time.monotonic() + SHOW_AFTER_S
-
-    def due(self) -> bool:
-        """Return whether a new line would be seen."""
-        return self._loud and time.monotonic() >= self._next_s
-
-    def show(self, text: str) -> None:
-        """Replace the line."""
-        self._next_s = time.monotonic() + SHOW_INTERVAL_S
-        width = shutil.get_terminal_size().columns - 1  # A line that wraps could not be rewritten.
-        sys.stderr.write(f"{_CLEAR_LINE}{printable(f'ranklog: {text}')[:width]}")
-        sys.stderr.flush()
-        self._shown = True
-
-    def clear(self) -> None:
-        """Take the line away."""
-        if self._shown:
-            sys.stderr.write(_CLEAR_LINE)
-            sys.stderr.flush()
-            self._shown = False
-
-
-class _Asking(threading.Thread):
-    """One blocking question to the daemon."""
-
-    def __init__(self, question: Callable[[], Flushed]) -> None:
-        super().__init__(daemon=True)
-        self._question = question
-        self.answer: Flushed | None = None
-
-    def run(self) -> None:
-        try:
-            self.answer = self._question()
-        except NoDaemon:
-            self.answer = None
-
-
 def drain(
-    launcher: Launcher, *, timeout_s: float, pause: Pause, progress: Progress, since_start: bool = False
+    launcher: Launcher, *, timeout_s: float, pause: Pause, progress: Progress, since_lsn: int | None = None
 ) -> Drained:
     """Bring everything in, within `timeout_s` or until `pause` calls it off; never raises for what the daemon does.
 
-    `since_start`: count what the daemon did before this call, too, for it was started for nothing else.
+    `since_lsn`: count what the daemon did from there on before this call, too, for it was started for nothing else.
     """
     settings = launcher.settings
     deadline_s = time.monotonic() + timeout_s
     before = snapshot(settings)
-    adopted_before = 0 if since_start else before.get("adopted", 0)
-    uploaded_before = _mark(before, "uploaded")
+    adopted_before = before.get("adopted", 0) if since_lsn is None else 0
+    uploaded_before = _mark(before, "uploaded") if since_lsn is None else since_lsn
     done, stopped_by = False, "the time was not enough"
     while (left_s := deadline_s - time.monotonic()) > 0:
-        asking = _Asking(partial(_both, settings, left_s))
+        asking = Asking(partial(_both, settings, left_s))
         asking.start()
         called_off = _watch(asking, launcher, deadline_s, pause, progress)
         done = asking.answer is not None and asking.answer.done
@@ -132,18 +82,14 @@ def _both(settings: Settings, timeout_s: float) -> Flushed:
     return control.flush(settings, Wait.UPLOADED, max(0.0, deadline_s - time.monotonic()))
 
 
-def _watch(asking: _Asking, launcher: Launcher, deadline_s: float, pause: Pause, progress: Progress) -> bool:
+def _watch(asking: Asking, launcher: Launcher, deadline_s: float, pause: Pause, progress: Progress) -> bool:
     """Wait for the answer or the deadline; True if it was called off."""
     while asking.is_alive() and time.monotonic() < deadline_s:
         if pause(LOOK_INTERVAL_S):
             return True
         launcher.tend()
         if progress.due():
-            now = snapshot(launcher.settings)
-            waiting, trouble = _waiting(now), why_pending(now)
-            what = f"{waiting:,} records to upload" if waiting else "taking in what dead writers left"
-            left_s = max(0.0, deadline_s - time.monotonic())
-            progress.show(f"{what}, {left_s:.0f} s left{f': {trouble}' if trouble else ''}")
+            progress.show(snapshot(launcher.settings))
     return False
 
 

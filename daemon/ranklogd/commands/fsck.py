@@ -14,6 +14,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,7 +137,7 @@ def _check(state: StateDir, config: Config, *, store: bool, as_json: bool) -> in
 
     found = list(check_all(state, config))
     if store:
-        found += check_store(open_store(config.to))
+        found += check_store(open_store(config.to, replace(config.store_options, create="")))
     counts = Counter(finding.severity for finding in found)
     if as_json:
         print_json({

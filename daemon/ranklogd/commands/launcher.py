@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ranklog import control, fs, places
@@ -65,8 +65,19 @@ class CalledOff(Exception):
 class Launcher:
     """One command's hold on this node's daemon. `join` first, `leave` in the end."""
 
-    def __init__(self, flags: Mapping[str, str], children: Children, pause: Pause, *, lock_wait_s: float) -> None:
-        """`flags` are fields of the daemon's config as text; raises UsageError where they are no config."""
+    def __init__(
+        self,
+        flags: Mapping[str, str],
+        children: Children,
+        pause: Pause,
+        *,
+        lock_wait_s: float,
+        bring_in: Sequence[Path] = (),
+    ) -> None:
+        """`flags` are fields of the daemon's config as text; raises UsageError where they are no config.
+
+        `bring_in`: the one purpose of a daemon that is started is what lies in these directories.
+        """
         self.config = load_config(flags)
         self.settings: Settings = self.config.settings()
         self.started = False
@@ -76,6 +87,7 @@ class Launcher:
         self.at_home = True
         """The daemon is at the place of `config`, not one found elsewhere on this node."""
         self.flags = dict(flags)
+        self._bring_in = [part for path in bring_in for part in ("--bring-in", str(path))]
         self._children = children
         self._pause = pause
         self._lock_wait_s = lock_wait_s
@@ -175,7 +187,7 @@ class Launcher:
             os.set_inheritable(lock, True)  # noqa: FBT003
             flags = [part for name, value in self.flags.items() for part in (f"--{name.replace('_', '-')}", value)]
             idle = [] if self.config.idle_exit_s else ["--idle-exit", IDLE_EXIT]
-            command = [*daemon_command(), "--lock-wait", f"{self._lock_wait_s:g}", *idle, *flags]
+            command = [*daemon_command(), "--lock-wait", f"{self._lock_wait_s:g}", *idle, *self._bring_in, *flags]
             self._process = self._children.spawn(command, daemon_environment(), output_fd=log)
             pid = self._process.pid
             note_starter(lock, Starter("run", pid, process_start(pid) or 0, pid_namespace() or 0))

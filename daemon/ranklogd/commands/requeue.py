@@ -6,6 +6,7 @@ meanwhile; the next one uploads what came back.
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ranklog.cli import EXIT_ERROR, EXIT_OK
@@ -42,9 +43,10 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("name files or use --all, not both")
     config = config_of(args)
     state = StateDir(config.state_dir)
+    store = open_store(config.to, replace(config.store_options, create=""))  # It only looks.
     done: list[Item] = []
     with alone(state, "ranklog requeue"):
-        found = [item for item in items(state, open_store(config.to), config.node) if item.room in rooms]
+        found = [item for item in items(state, store, config.node) if item.room in rooms]
         if args.names:
             found = _named(found, args.names)
         if args.apply:

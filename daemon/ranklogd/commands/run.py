@@ -17,10 +17,11 @@ import time
 from dataclasses import asdict
 
 from ranklog import places
+from ranklog.cli.progress import Progress
 from ranklog.config import environment
 from ranklog.errors import UsageError
 from ranklog.names import new_run_id
-from ranklogd.commands.drain import Drained, Progress, drain, snapshot
+from ranklogd.commands.drain import Drained, drain, snapshot
 from ranklogd.commands.launcher import TEND_INTERVAL_S, CalledOff, CannotStart, Launcher
 from ranklogd.commands.process import (
     ENDING,
@@ -36,12 +37,19 @@ from ranklogd.units import parse_duration
 
 EXIT_NO_START = 125
 LOCK_WAIT_S = 30.0
-_PLACES = ("to", "state_dir", "runtime_dir")
+_PLACES = ("to", "token_file", "create_bucket", "state_dir", "runtime_dir")
+STORES = "a directory, hf://buckets/NAMESPACE/BUCKET[/PREFIX], s3:// gs:// az://BUCKET[/PREFIX]"
 
 
 def add_place_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare which daemon is meant: what `run` and `sync` have in common."""
-    parser.add_argument("--to", metavar="URL", help="the store of a daemon that is started (default: RANKLOG_TO)")
+    parser.add_argument(
+        "--to", metavar="URL", help=f"the store of a daemon that is started: {STORES} (default: RANKLOG_TO)"
+    )
+    parser.add_argument("--token-file", metavar="FILE", help="its token for a Bucket (default: the Hub's own login)")
+    parser.add_argument(
+        "--create-bucket", choices=("private", "public"), help="let it create a Bucket that was never there"
+    )
     parser.add_argument("--state-dir", metavar="DIR", help="its WAL and outbox (default: RANKLOG_STATE_DIR)")
     parser.add_argument("--runtime-dir", metavar="DIR", help="its socket and journals (default: RANKLOG_RUNTIME_DIR)")
     parser.add_argument(
@@ -197,12 +205,15 @@ def _report(result: Drained, launcher: Launcher, to: str, code: int | None) -> N
         sys.stderr.write(f"ranklog: everything is in {to}\n")
 
 
-def left_behind(result: Drained, launcher: Launcher, to: str) -> str:
-    """Return what is not in the store, why, where it is and how it gets there."""
+def left_behind(result: Drained, launcher: Launcher, to: str, where: str = "") -> str:
+    """Return what is not in the store, why, where it is and how it gets there. `where`: the directory of a `sync`."""
     records = f"{result.pending:,} records are" if result.pending != 1 else "1 record is"
     what = f"{records} not in {to} yet" if result.pending else f"not everything may be in {to} yet"
     if not launcher.started:
         return f"{what} ({result.reason}). Nothing is lost: the daemon goes on by itself. See: ranklog status"
+    if where:
+        again = shlex.join(["ranklog", "sync", where, "--to", to])
+        return f"{what} ({result.reason}). Nothing is lost: they are in {where}. Go on with: {again}"
     command = ["ranklog", "sync", "--to", to, "--state-dir", str(launcher.config.state_dir)]
     return (
         f"{what} ({result.reason}). Nothing is lost: they are on this node, in {launcher.config.state_dir} and the "

@@ -8,31 +8,38 @@ from pathlib import Path
 from ranklog import fs
 from ranklog.cli.output import human_size
 from ranklog.cli.status import why_not_uploaded
-from ranklog.errors import RanklogError
+from ranklog.errors import MissingExtra, RanklogError, StoreError
 from ranklog.framefile import parse_name
 from ranklog.places import adoption_dirs
 from ranklog.reader.pending import waiting_writers
-from ranklog.stores import open_store
+from ranklog.stores import Store, open_store
+from ranklog.stores.base import StoreOptions
 from ranklogd.doctor.finding import Finding, note, ok, problem, warning
 from ranklogd.doctor.site import Site
 
 SHOWN_MAX = 3
 STORE_FREE_MIN = 1 << 30
 COUNTED_MAX = 10_000
+PROBE_S = 5.0
 _SYNC = "ranklog sync"
+_NOBODYS_KEY = "ranklog-doctor"
 
 
 def check_store(site: Site) -> Iterator[Finding]:
     """Whether shards can go where they should."""
     try:
-        root = getattr(open_store(site.to), "root", None)
+        store = open_store(site.to, StoreOptions(deadline_s=PROBE_S, token_file=site.config.token_file))
+    except MissingExtra as exc:
+        yield problem("store", str(exc), str(exc).rpartition("Run: ")[2])
+        return
     except RanklogError as exc:
         yield problem("store", str(exc), "export RANKLOG_TO=/path/of/a/directory")
         return
+    root = getattr(store, "root", None)
     if isinstance(root, Path):
         yield from _directory(root, site)
-    else:
-        yield note("store", f"{site.to}: whether it can be reached is known to the daemon only", "ranklog status")
+    elif not _is_bucket(site.to) or _token_path(site).exists() or site.env.get("HF_TOKEN"):
+        yield _probe(store, site)
     if why := why_not_uploaded({"shipper": site.snapshot.get("shipper") or {}}):
         yield problem("store", f"{why}. Everything waits on this node's disk", "ranklog status")
 
@@ -59,15 +66,56 @@ def _directory(root: Path, site: Site) -> Iterator[Finding]:
         yield ok("store", f"{root}, {human_size(free)} free" + ("" if root == place else "; it is made when needed"))
 
 
+def _is_bucket(url: str) -> bool:
+    return url.lower().startswith("hf:")
+
+
+def _probe(store: Store, site: Site) -> Finding:
+    """Ask the store for something that is not there: one request, which changes nothing."""
+    try:
+        if _is_bucket(site.to):
+            store.heads([_NOBODYS_KEY])
+        else:
+            next(iter(store.list(f"{_NOBODYS_KEY}/")), None)  # Only a listing tells a missing bucket from an object.
+    except StoreError as exc:
+        if not exc.held:
+            return warning("store", f"{exc}. Records wait on this node until it answers", "ranklog doctor   # again")
+        if "no such bucket" in str(exc) and site.config.create_bucket:
+            return note("store", f"{site.to} is not there yet; the daemon makes it with the first upload")
+        return problem("store", str(exc), _held_fix(site.to, str(exc)))
+    return ok("store", f"{site.to} answers, and this user may look into it")
+
+
+def _held_fix(url: str, text: str) -> str:
+    """Return the command that mends what a store holds us up for."""
+    if not _is_bucket(url):
+        return "env | grep -E 'AWS_|GOOGLE_|AZURE_'   # as the daemon's user"
+    if "no such bucket" in text:
+        return f"hf buckets create {'/'.join(url.split('/')[3:5])} --private   # or ranklogd --create-bucket private"
+    return "hf auth login"
+
+
+def _token_path(site: Site) -> Path:
+    home = Path(site.env.get("HF_HOME") or f"{site.env.get('HOME', '/')}/.cache/huggingface")
+    return site.config.token_file or Path(site.env.get("HF_TOKEN_PATH") or home / "token")
+
+
 def check_token(site: Site) -> Iterator[Finding]:
-    """Whether there is a token, if the store wants one. It is never read, and so never shown."""
-    if not site.to.lower().startswith("hf:"):
+    """Whether there is a token, if the store wants one. It is not read here, and never shown."""
+    if not _is_bucket(site.to):
         return
-    if site.env.get("HF_TOKEN"):
+    path, named = _token_path(site), site.config.token_file is not None
+    if named and not path.is_file():
+        yield problem("token", f"token_file {path} is not there", f"install -m 0600 /dev/stdin {path}   # and paste it")
+        return
+    if named and not os.access(path, os.R_OK):
+        yield problem(
+            "token", f"{path} cannot be read by user {site.settings.uid}", f"chown {site.settings.uid} {path}"
+        )
+        return
+    if site.env.get("HF_TOKEN") and not named:
         text = "HF_TOKEN is set: it works, and whoever may read this process's environment has it. A file is better"
         yield note("token", text, "hf auth login; unset HF_TOKEN")
-    home = Path(site.env.get("HF_HOME") or f"{site.env.get('HOME', '/')}/.cache/huggingface")
-    path = Path(site.env.get("HF_TOKEN_PATH") or home / "token")
     try:
         mode = stat.S_IMODE(path.stat().st_mode)
     except OSError:

@@ -32,7 +32,7 @@ class ShipperReport:
     last_error: str = ""
     """Why something waits now; empty while everything flows."""
     last_error_class: str = ""
-    """transient, permanent, damaged, hung (upload), internal, conversion."""
+    """transient, held, permanent, damaged, hung (upload), internal, conversion."""
     next_try_s: float = 0.0
     """Seconds until a failed upload is tried again; 0: none failed."""
     last_upload_s: float = 0.0
@@ -70,3 +70,12 @@ def read_counts(path: Path) -> ShipperReport:
     counts = found if isinstance(found, dict) else {}
     kept = {name: counts[name] for name in _COUNTS if isinstance(counts.get(name), types[name] | int)}
     return ShipperReport(**kept)
+
+
+def read_hang(path: Path) -> str:
+    """Return what an earlier shipper said of a store that did not answer; empty if it did not end for that."""
+    try:
+        found = json.loads(path.read_text())
+        return str(found["last_error"]) if found["last_error_class"] == "hung" else ""
+    except (OSError, ValueError, TypeError, KeyError):
+        return ""

@@ -7,9 +7,11 @@
     transient   full jitter, doubling, without end; at least what the store asked for, up to RETRY_AFTER_MAX_S
     held        a person must do something first: a slow probe, which finds out when that was done
 
-As soon as one that failed succeeds, the store is back and nobody waits any longer.
+As soon as one that failed succeeds, the store is back and nobody waits any longer. Who is in a hurry (a flush, a stop)
+skips every wait but the one that the store asked for.
 """
 
+import math
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
@@ -18,6 +20,8 @@ from ranklogd.retry import backoff_s
 
 RETRY_AFTER_MAX_S = 900.0
 """No server may send us away for longer in one go."""
+ASKED_SPREAD = 0.1
+"""What is added to it at random, at most: all nodes of a fleet were told the same second."""
 PROBE_S = 60.0
 """The longest wait between two tries of what is held; half of it the shortest."""
 
@@ -27,6 +31,8 @@ class Hold(NamedTuple):
 
     failures: int
     until_s: float
+    asked_until_s: float
+    """The part of it that the store asked for; -inf: none."""
 
 
 class Holds:
@@ -56,10 +62,10 @@ class Holds:
             wait_s = min(PROBE_S, self._max_s) * (0.5 + self._dice() / 2)
         else:
             wait_s = backoff_s(failures, base_s=self._base_s, max_s=self._max_s, dice=self._dice())
-        if error.retry_after_s is not None:
-            asked_s = min(error.retry_after_s, RETRY_AFTER_MAX_S)
-            wait_s = max(wait_s, asked_s * (1 + 0.1 * self._dice()))
-        return Hold(failures, now_s + wait_s)
+        if not error.retry_after_s:
+            return Hold(failures, now_s + wait_s, -math.inf)
+        asked_s = min(error.retry_after_s, RETRY_AFTER_MAX_S) * (1 + ASKED_SPREAD * self._dice())
+        return Hold(failures, now_s + max(wait_s, asked_s), now_s + asked_s)
 
     def is_held(self, folder: str, now_s: float) -> bool:
         """Return whether a folder has to wait."""
@@ -85,9 +91,15 @@ class Holds:
         """Uploads into these folders succeeded: if they, or the store, had failed before, nobody waits any longer."""
         recovered = self._store is not None or not self._folders.keys().isdisjoint(folders)
         if recovered and folders:
-            self.clear()
+            self._folders, self._store = {}, None
         return recovered and bool(folders)
 
-    def clear(self) -> None:
-        """Let everything be tried again."""
-        self._folders, self._store = {}, None
+    def hurry(self, now_s: float) -> None:
+        """Let everything be tried now, but for what the store itself asked to wait for."""
+        self._folders = {folder: cut for folder, hold in self._folders.items() if (cut := _asked(hold, now_s))}
+        self._store = _asked(self._store, now_s)
+
+
+def _asked(hold: Hold | None, now_s: float) -> Hold | None:
+    """Return what is left of a wait if only the store's wish counts."""
+    return None if hold is None or hold.asked_until_s <= now_s else hold._replace(until_s=hold.asked_until_s)

@@ -7,6 +7,8 @@ others. What each of them sees is the answer to its own calls: how much of the l
                                       of the next one at random: a thousand nodes must not come back in one second
     accepted, more used than is due   the rate shrinks a little: the others are many
     accepted, less used than is due   the rate grows by a fixed step, a fraction of the last rate that was refused
+    failed otherwise                  the rate stays, and the next call keeps the least distance, for it is a call, too;
+                                      how long to stay away from a store that fails is another question (`holds`)
 
 Additive growth and multiplicative cuts let nodes that started apart meet (AIMD). Without headers, refusals alone steer.
 More shards never mean more calls: they mean larger batches.
@@ -47,6 +49,10 @@ class Pace:
         rate = rate * SHRINK if _crowded(allowance) else rate + STEP * self._refused_rate
         self._set(rate)
         self._due_s = now_s + self.interval_s * (0.75 + 0.5 * dice)
+
+    def spent(self, now_s: float, dice: float) -> None:
+        """A call was made that says nothing about the limit: it failed otherwise. It counts there all the same."""
+        self._due_s = max(self._due_s, now_s + self.floor_s * (0.75 + 0.5 * dice))
 
     def refused(self, now_s: float, retry_after_s: float, dice: float) -> None:
         """A request was refused because there were too many."""

@@ -11,6 +11,7 @@ import os
 import select
 import signal
 import threading
+from collections.abc import Callable
 
 _PR_SET_PDEATHSIG = 1
 _CONFIG_SIZE_MAX = 1 << 20
@@ -43,12 +44,12 @@ def read_line(fd: int) -> str:
     return data.partition(b"\n")[0].decode("utf-8", "replace")
 
 
-def watch_stdin() -> None:
-    """End this process at once when stdin ends."""
+def watch_stdin(told: Callable[[], None]) -> None:
+    """End this process at once when stdin ends; call `told`, in a thread of its own, when something comes through."""
 
     def watch() -> None:
         while os.read(0, 4096):
-            continue
+            told()
         os._exit(0)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()

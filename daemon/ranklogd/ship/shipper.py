@@ -3,13 +3,18 @@
     main thread      sealed segment ─▶ shards in the outbox ─▶ report          woken by wal/, uploads, signals
     upload thread    outbox ─▶ store ─▶ cache or gone ─▶ retention             woken by conversions
 
-Conversion never waits for the store: a put that hangs for ever holds up its own thread only. What each thread owns it
-finds as files, so neither tells the other more than "look". A rescan is the truth, every wake-up an optimisation.
+Conversion never waits for the store: a put that hangs holds up its own thread only. What each thread owns it finds as
+files, so neither tells the other more than "look". A rescan is the truth, every wake-up an optimisation.
 
-SIGTERM: finish what is running, convert and upload what is left until `stop_deadline_s`, exit 0. A second signal
-exits at once. What remains is found by the next shipper.
+A network store's call has a deadline. One that is still not back long after it (a name lookup, a library that never
+returns) cannot be ended from inside: between two conversions this process ends itself with EXIT_HUNG, and the next one
+begins anew. A library that also keeps every other thread from running is met by a timer that needs none of them.
+
+A line on stdin: somebody waits for the upload, keep no pace. SIGTERM: finish what is running, convert and upload what
+is left until `stop_deadline_s`, exit 0. A second signal exits at once. What remains is found by the next shipper.
 """
 
+import faulthandler
 import logging
 import os
 import signal
@@ -26,16 +31,18 @@ from ranklog import fs
 from ranklog.errors import RanklogError
 from ranklog.stores.base import Store, open_store
 from ranklogd.clockstep import ClockStep
-from ranklogd.config import Config
+from ranklogd.config import Config, environment
 from ranklogd.retry import backoff_s
+from ranklogd.secrecy import CHATTY_LOGGERS, forbid_core_file, unpack
 from ranklogd.ship.conversion import Conversion
 from ranklogd.ship.convert import Converted
-from ranklogd.ship.counters import ShipperReport, read_counts, write_report
+from ranklogd.ship.counters import ShipperReport, read_counts, read_hang, write_report
 from ranklogd.ship.guard import outcome
 from ranklogd.ship.process import Waker, close_inherited_fds, die_with_parent, read_line, watch_stdin
 from ranklogd.ship.retention import retain
 from ranklogd.ship.upload import Uploader
 from ranklogd.statedir import StateDir
+from ranklogd.supervise import EXIT_HUNG
 from ranklogd.wal.segment import parse_open, parse_sealed
 from ranklogd.watch import Watch
 
@@ -44,6 +51,11 @@ _log = logging.getLogger("ranklogd.shipper")
 RETAIN_INTERVAL_S = 30.0
 NICE = 5
 EXIT_CONFIG = 78
+STANDSTILL_S = 1800.0
+"""A main loop that has not turned for so long never will: no conversion takes that long."""
+
+THREADS_MAX = 64
+"""More than so many: calls were given up whose threads wait for ever. A new process has none of them."""
 
 T = TypeVar("T")
 
@@ -61,6 +73,7 @@ class Shipper:
         self._config = config
         self._clock = clock
         self._before = self._counts = read_counts(self.state.shipper_report)
+        self._hung_before = read_hang(self.state.shipper_report)
         self._troubles: dict[str, str] = {}
         self._upload_failures = 0
         self._retained_s = -RETAIN_INTERVAL_S
@@ -123,8 +136,13 @@ class Shipper:
         self._guard("report", partial(write_report, self.state.shipper_report, report))
         return report
 
-    def run(self) -> None:
-        """Serve until SIGTERM or SIGINT, then drain; returns when everything is uploaded or the time is over."""
+    def hurry(self) -> None:
+        """Somebody waits for the upload of what is there. May be called from any thread."""
+        self.uploader.hurry()
+        self._upload.wake()
+
+    def run(self) -> int:
+        """Serve until SIGTERM or SIGINT, then drain; return an exit code when all is uploaded or the time is over."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         threading.Thread(target=self._upload_loop, name="upload", daemon=True).start()
@@ -134,20 +152,24 @@ class Shipper:
             _log.info("watch_unavailable error=%s; looking every %g s", watch, self._config.rescan_interval_s)
         deadline_s: float | None = None
         while True:
+            faulthandler.dump_traceback_later(STANDSTILL_S, exit=True, file=2)
             if isinstance(watch, Watch):
                 watch.clear()
             if self._stopping and deadline_s is None:
                 deadline_s = self._clock() + self._config.stop_deadline_s
                 self.conversion.hurry()
-                self.uploader.hurry()
+                self.uploader.hurry(self._config.stop_deadline_s)
                 self._upload.wake()
             converted = self.convert_one()
             report = self.report()
+            if reason := self._hang():
+                _log.error("store_hung error=%s; this process ends and another one begins", reason)
+                return EXIT_HUNG
             if deadline_s is not None:
                 drained = report is not None and not report.backlog_segments + report.backlog_shards
                 if drained or self._clock() >= deadline_s:
                     _log.info("shipper_stopped drained=%s", drained)
-                    return
+                    return 0
             if converted is not None:
                 self._upload.wake()
                 continue
@@ -198,10 +220,26 @@ class Shipper:
             waiting += [sealed[0]] if sealed else [] if first is None else [first]
         return max(0, min(waiting, default=1) - 1)
 
-    def _error(self) -> tuple[str, str]:
+    def _busy_s(self) -> float:
+        """Return for how long the store has not answered; 0 while nobody asks it."""
         since_s = self.uploader.busy_since_s
-        if since_s is not None and self._clock() - since_s > self._config.upload_deadline_s:
-            return f"{self._config.to} has not answered for {self._clock() - since_s:.0f} s", "hung"
+        return 0.0 if since_s is None else self._clock() - since_s
+
+    def _hang(self) -> str:
+        """Return what of the store never ends, or nothing. A directory's calls may take long: a slow disk gets on."""
+        if not self._config.is_remote:
+            return ""
+        if self._busy_s() > 1 + 1.25 * self._config.upload_deadline_s:
+            return self._error()[0]
+        lost = threading.active_count()
+        return f"{lost} threads, most of them in calls that never came back" if lost > THREADS_MAX else ""
+
+    def _error(self) -> tuple[str, str]:
+        busy_s = self._busy_s()
+        if busy_s > self._config.upload_deadline_s:
+            return f"{self._config.to} has not answered for {busy_s:.0f} s", "hung"
+        if self._hung_before and not self.uploader.answered:
+            return self._hung_before, "hung"
         if self.uploader.last_error:
             return self.uploader.last_error, self.uploader.last_error_class
         if self.conversion.last_error:
@@ -227,16 +265,22 @@ def main() -> int:
     """Be the shipper process; return its exit code."""
     close_inherited_fds()
     die_with_parent()
+    forbid_core_file()
     try:
-        config = Config.from_json(read_line(0))
+        line = read_line(0)
+        config = Config.from_json(line)
+        unpack(line, environment())
         logging.basicConfig(level=config.log_level.upper(), format="%(name)s %(levelname)s %(message)s")
-        watch_stdin()
+        for name in CHATTY_LOGGERS:
+            logging.getLogger(name).setLevel(logging.WARNING)
         os.nice(NICE)
-        Shipper(config).run()
+        outcome(lambda: fs.remove_tree(StateDir(config.state_dir).xet))
+        shipper = Shipper(config)
+        watch_stdin(shipper.hurry)
+        return shipper.run()
     except RanklogError as exc:
         sys.stderr.write(f"ranklogd shipper: {exc}\n")
         return EXIT_CONFIG
-    return 0
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     read again, hash = the name's?   no: quarantine, for bad bytes must never be uploaded
     put, ask what is there           transient or held: it waits (`holds`), for ever if need be
-                                     permanent: the call is halved until the culprit is found, which goes to
-                                     deadletter/<key> with its reason; the others flow on
+                                     permanent: the next calls are halves of this one until the culprit stands alone,
+                                     which goes to deadletter/<key> with its reason; the others flow on
     outbox/… -> cache/<key>          or unlinked, where no cache is kept; directories synced
 
 Everything before the mark may happen twice: the same file goes to the same key. Order within a run is kept. Where the
@@ -14,6 +14,7 @@ store counts requests, uploads keep a pace (`pace`): a backlog makes larger call
 
 import hashlib
 import logging
+import math
 import os
 import random
 import time
@@ -29,6 +30,7 @@ from ranklogd.config import Config
 from ranklogd.ship.holds import RETRY_AFTER_MAX_S, Holds
 from ranklogd.ship.outbox import Outbox, folder_of, set_aside
 from ranklogd.ship.pace import Pace
+from ranklogd.ship.portion import Portion
 from ranklogd.statedir import StateDir
 
 _log = logging.getLogger("ranklogd.shipper")
@@ -36,10 +38,11 @@ UNREAD_PATIENCE_S = 600.0
 """A shard that the disk does not give back goes to quarantine after so long; there is no segment any more."""
 _CHUNK_SIZE = 1 << 20
 _LISTED_MAX = 200  # Names tried beside a taken one in the quarantine.
-
-
+HURRY_S = 15.0
+"""A flush is over by then, as a rule: the segment is sealed, converted and uploaded."""
 _BATCH_SIZE_MAX = 256 << 20
 """Bytes of one call: they must get through before its deadline."""
+_UNDECIDED = StoreError("not known yet", permanent=False)
 
 
 class Uploader:
@@ -64,6 +67,8 @@ class Uploader:
         self.last_error_class = ""
         self.busy_since_s: float | None = None
         """The clock when the store call that is running now began."""
+        self.answered = False
+        """Whether any store call has ended yet."""
         self._store = store
         self._state = state
         self._config = config
@@ -71,7 +76,9 @@ class Uploader:
         self._dice = dice
         self._holds = Holds(base_s=config.retry_base_s, max_s=config.retry_max_s, dice=dice)
         self._pace = Pace(config.upload_interval_min_s, config.upload_interval_max_s) if config.is_paced else None
-        self._hurry = False
+        self._portion = Portion(count_max=config.batch_max, size_max=_BATCH_SIZE_MAX)
+        self._hurry_asked = False
+        self._hurry_until_s = -math.inf
         self._unread_since_s: dict[str, float] = {}
 
     def step(self) -> float | None:
@@ -79,12 +86,12 @@ class Uploader:
 
         Raises OSError if the state directory fails; calling again is then always right.
         """
-        hurry, self._hurry = self._hurry, False
-        if hurry:
-            self._holds.clear()
-        self.outbox.refresh()
         now_s = self._clock()
-        wait_s = max(self._holds.store_wait_s(now_s), 0.0 if hurry or self._pace is None else self._pace.wait_s(now_s))
+        if self._hurry_asked:
+            self._hurry_asked = False
+            self._holds.hurry(now_s)
+        self.outbox.refresh()
+        wait_s = max(self._holds.store_wait_s(now_s), self._pace_wait_s(now_s))
         if wait_s > 0 and self.outbox.first_segment() is not None:
             return wait_s
         batch = self._choose(now_s)
@@ -94,21 +101,28 @@ class Uploader:
         unread: dict[str, StoreError | None] = {}
         intact = [upload for upload in batch if self._is_intact(upload, unread)]
         results = self._send(intact)
-        sent = [upload for upload in intact if results[upload.key] is None]
+        sent = [upload for upload in intact if results.get(upload.key, _UNDECIDED) is None]
         failpoint("upload.verified.before_mark")
         self._mark(sent)
         self._judge([upload for upload in batch if upload.key in results | unread], results | unread)
         self.outbox.settle(batch)
         return 0.0
 
-    def hurry(self) -> None:
-        """Forget every wait: the next step tries everything. May be called from any thread."""
-        self._hurry = True
+    def hurry(self, for_s: float = HURRY_S) -> None:
+        """Try everything now, and keep no pace for so long. May be called from any thread.
+
+        Only what the store asked for is still waited for, and what fails now waits as ever.
+        """
+        self._hurry_until_s = self._clock() + for_s
+        self._hurry_asked = True
 
     def next_try_s(self) -> float:
         """Return seconds until something that waits is tried; 0 if nothing waits for its time."""
         now_s = self._clock()
-        return max(self._holds.next_s(now_s), 0.0 if self._pace is None else self._pace.wait_s(now_s))
+        return max(self._holds.next_s(now_s), self._pace_wait_s(now_s)) if self.outbox.first_segment() else 0.0
+
+    def _pace_wait_s(self, now_s: float) -> float:
+        return 0.0 if self._pace is None or now_s < self._hurry_until_s else self._pace.wait_s(now_s)
 
     def _choose(self, now_s: float) -> list[Upload]:
         batch: dict[str, Upload] = {}
@@ -117,7 +131,7 @@ class Uploader:
             # A key may wait twice, where somebody put a segment back: a store takes one at a time.
             batch.setdefault(upload.key, upload)
             size_bytes += _size(upload.source)
-            if len(batch) == self._config.upload_batch_max or size_bytes >= _BATCH_SIZE_MAX:
+            if len(batch) == self._portion.count or size_bytes >= self._portion.size_bytes:
                 break
         return list(batch.values())
 
@@ -162,34 +176,42 @@ class Uploader:
         return False
 
     def _send(self, uploads: Sequence[Upload]) -> dict[str, StoreError | None]:
-        """Put and verify; return what became of each key."""
+        """Put and verify; return what became of each key, nothing where that has to be found out with smaller calls."""
         if not uploads:
             return {}
-        self.busy_since_s = self._clock()
+        began_s = self.busy_since_s = self._clock()
         try:
             given = self._store.put(uploads)
             failpoint("upload.sent.before_reply")
             unanswered = StoreError(f"{self._store.url} said nothing about it", permanent=False)
             results = {u.key: given.get(u.key, unanswered) for u in uploads}
+            self.busy_since_s = self._clock()  # A call of its own, with a deadline of its own.
             results |= self._verify([u for u in uploads if results[u.key] is None])
         except StoreError as exc:
-            return self._failed(uploads, exc)
+            return self._failed(uploads, exc, self._clock() - began_s)
         finally:
             self.busy_since_s = None
+            self.answered = True
+        self._portion.accepted()
         if self._pace is not None:
             self._pace.accepted(self._clock(), self._store.allowance, self._dice())
         return results
 
-    def _failed(self, uploads: Sequence[Upload], error: StoreError) -> dict[str, StoreError | None]:
-        """A whole call failed: what will never be taken as it is may be one file's fault, so look for that one."""
-        if error.permanent and len(uploads) > 1:
-            middle = len(uploads) // 2
-            return self._send(uploads[:middle]) | self._send(uploads[middle:])
-        if not error.permanent:
-            now_s = self._clock()
-            self._holds.hold_store(error, now_s)
-            if self._pace is not None and error.retry_after_s is not None:
+    def _failed(self, uploads: Sequence[Upload], error: StoreError, took_s: float) -> dict[str, StoreError | None]:
+        """A whole call failed: wait, or look for the one file that may be the reason."""
+        now_s = self._clock()
+        if self._pace is not None:
+            if error.permanent or error.retry_after_s is None:
+                self._pace.spent(now_s, self._dice())
+            else:
                 self._pace.refused(now_s, min(error.retry_after_s, RETRY_AFTER_MAX_S), self._dice())
+        if error.permanent and len(uploads) > 1:
+            self._report(f"one of {len(uploads)} shards is looked for: {error}", "permanent")
+            self._portion.refused(len(uploads))
+            return {}
+        if not error.permanent:
+            self._portion.failed(sum(_size(u.source) for u in uploads), took_s, self._config.upload_deadline_s)
+            self._holds.hold_store(error, now_s)
         return dict.fromkeys((upload.key for upload in uploads), error)
 
     def _verify(self, uploads: Sequence[Upload]) -> dict[str, StoreError | None]:
