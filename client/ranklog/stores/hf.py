@@ -14,29 +14,33 @@ seen before and is gone is for a person to judge.
 import os
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
-from huggingface_hub import get_token
-
 from ranklog import fs
 from ranklog.errors import StoreError, UsageError
-from ranklog.stores.base import Allowance, ObjectInfo, StoreOptions, Upload, check_key
-from ranklog.stores.hub import Deadline, Hub
+from ranklog.stores.base import Allowance, Changes, Download, ObjectInfo, StoreOptions, Upload, check_key
+from ranklog.stores.events import watch
+from ranklog.stores.fetch import fetch_all
+from ranklog.stores.hub import Deadline, Hub, Refusal
+from ranklog.stores.login import find_token
+from ranklog.stores.seen import note_seen, read_seen
 from ranklog.stores.xet import Content
 
 OPERATIONS_MAX = 1000
 """Paths of one request, for all endpoints that take several."""
 PAGE_SIZE = 1000
 
-_URL = re.compile(r"hf://buckets/(?P<bucket>[\w.-]+/[\w.-]+)(?:/(?P<prefix>.*))?", re.ASCII)
+_URL = re.compile(r"hf://buckets/(?P<bucket>\w[\w.-]*/\w[\w.-]*)(?:/(?P<prefix>.*))?", re.ASCII)
 
 
-class _File(NamedTuple):
+class File(NamedTuple):
     """A path of the bucket, as the Hub reports it."""
 
+    path: str
     hash: str
     size_bytes: int
 
@@ -63,9 +67,10 @@ class BucketStore:
         self._bucket = bucket
         self._base = f"{prefix}/" if prefix else ""
         self._options = options
+        self._find_token = partial(find_token, options.token_file)
         self._hub = Hub(self._find_token)
         self._content = Content(self._hub, bucket)
-        self._seen = options.seen_marker is not None and options.seen_marker.exists()
+        self._noted = False
 
     @property
     def allowance(self) -> Allowance | None:
@@ -85,16 +90,16 @@ class BucketStore:
         for upload in uploads:
             assert upload.key not in results.keys() | hashes.keys(), f"key {upload.key!r} twice in one call"
             try:
-                check_key(upload.key)
-                hashes[upload.key] = self._content.hash_files([upload.source])[0]
+                self._path(upload.key)
+                hashes[upload.key] = self._content.hash_file(upload.source)
             except OSError as exc:
                 results[upload.key] = StoreError(f"{upload.source} cannot be read: {exc}", permanent=False)
             except StoreError as exc:
                 results[upload.key] = exc
-        there = self._look(list(hashes), deadline)
+        there = self.look(list(hashes), deadline)
         missing = [upload for upload in uploads if upload.key in hashes and upload.key not in there]
         for key in there.keys() & hashes.keys():
-            results[key] = self._differs(key, hashes[key], there[key])
+            results[key] = self._difference(key, hashes[key], there[key])
         if missing:
             results |= self._send(missing, hashes, deadline)
         return results
@@ -103,175 +108,175 @@ class BucketStore:
         self, uploads: Sequence[Upload], hashes: dict[str, str], deadline: Deadline
     ) -> dict[str, StoreError | None]:
         """Upload what is not there and register it; whether the bucket has it then is for `heads` to tell."""
-        try:
-            sent = self._content.upload(deadline, [upload.source for upload in uploads])
-        except OSError as exc:
-            raise StoreError(f"an upload could not be prepared on this node: {exc}", permanent=False) from exc
         results: dict[str, StoreError | None] = {}
         lines = []
-        for upload, content_hash in zip(uploads, sent, strict=True):
-            if content_hash != hashes[upload.key]:
-                results[upload.key] = StoreError(f"{upload.source} changed while it was uploaded", permanent=False)
-                continue
-            mtime_ms = os.stat(upload.source).st_mtime_ns // 1_000_000
-            path = self._base + upload.key
-            lines.append({"type": "addFile", "path": path, "xetHash": content_hash, "mtime": mtime_ms})
-        told, _ = self._hub.call(deadline, "POST", f"/api/buckets/{self._bucket}/batch", lines=lines)
-        failed = {row["path"]: str(row.get("error", "")) for row in _list_of(told, "failed")}
-        for path, reason in failed.items():
-            text = f"{self.url} did not take {path}: {reason[:200]}"
+        try:
+            sent = self._content.upload(deadline, [upload.source for upload in uploads])
+            for upload, content_hash in zip(uploads, sent, strict=True):
+                if content_hash != hashes[upload.key]:
+                    text = f"{upload.source} changed while it was uploaded"
+                    results[upload.key] = StoreError(text, permanent=False)
+                    continue
+                results[upload.key] = None
+                mtime_ms = os.stat(upload.source).st_mtime_ns // 1_000_000
+                path = self._path(upload.key)
+                lines.append({"type": "addFile", "path": path, "xetHash": content_hash, "mtime": mtime_ms})
+        except OSError as exc:
+            raise StoreError(f"an upload could not be prepared on this node: {exc}", permanent=False) from exc
+        for path, reason in self._batch(lines, deadline).items():
+            text = f"{self.url} did not take {path}: {reason}"
             results[path.removeprefix(self._base)] = StoreError(text, permanent=False)
-        return {upload.key: results.get(upload.key) for upload in uploads}
+        return results
 
-    def _differs(self, key: str, content_hash: str, there: _File) -> StoreError | None:
+    def _batch(self, lines: list[dict[str, Any]], deadline: Deadline) -> dict[str, str]:
+        """Make changes in the bucket; return the paths that failed, each with its reason."""
+        if not lines:
+            return {}
+        told, _ = self._hub.call(deadline, "POST", f"/api/buckets/{self._bucket}/batch", lines=lines, files=True)
+        failed = told.get("failed", []) if isinstance(told, dict) else None
+        if not isinstance(failed, list) or not (failed or told.get("success") is True):
+            raise StoreError("the Hub's answer to a batch does not say what became of it", permanent=False)
+        asked = {line["path"] for line in lines}
+        found = {str(row.get("path")): str(row.get("error", ""))[:200] for row in failed if isinstance(row, dict)}
+        if len(found) != len(failed) or not found.keys() <= asked:
+            raise StoreError("the Hub's answer to a batch tells of paths that were not in it", permanent=False)
+        return found
+
+    def _difference(self, key: str, content_hash: str, there: File) -> StoreError | None:
         if there.hash == content_hash:
             return None
         text = f"{self.url} holds other bytes under {key} (hash {there.hash[:12]}, {there.size_bytes} bytes)"
         return StoreError(f"{text}; nothing was overwritten", permanent=True)
 
-    def _look(self, keys: Sequence[str], deadline: Deadline) -> dict[str, _File]:
+    def _path(self, key: str) -> str:
+        """Return a key's path in the bucket; raises a permanent StoreError for one that cannot be."""
+        path = self._base + key
+        check_key(path)
+        return path
+
+    def look(self, keys: Sequence[str], deadline: Deadline) -> dict[str, File]:
         """Return what the bucket holds of these keys: one request for a thousand."""
-        found = {}
-        for start in range(0, len(keys), OPERATIONS_MAX):
-            paths = [self._base + key for key in keys[start : start + OPERATIONS_MAX]]
-            told, _ = self._call(deadline, "POST", f"/api/buckets/{self._bucket}/paths-info", value={"paths": paths})
-            for row in _rows(told):
-                if row.get("type", "file") == "file":
-                    found[str(row["path"]).removeprefix(self._base)] = _File(str(row["xetHash"]), int(row["size"]))
+        keys_of = {self._path(key): key for key in keys}
+        paths = list(keys_of)
+        found: dict[str, File] = {}
+        for start in range(0, len(paths), OPERATIONS_MAX):
+            asked = {"paths": paths[start : start + OPERATIONS_MAX]}
+            told, _ = self._call(deadline, "POST", f"/api/buckets/{self._bucket}/paths-info", value=asked)
+            found |= {keys_of[file.path]: file for file in _files(told) if file.path in keys_of}
         return found
 
     def _call(self, deadline: Deadline, method: str, path: str, *, value: Any = None) -> tuple[Any, Any]:
         """Make a request; where the bucket turns out to be missing, create it if that is allowed."""
+        ask = partial(self._hub.call, deadline, method, path, value=value, files=value is not None)
         try:
-            answer = self._hub.call(deadline, method, path, value=value)
-        except StoreError as exc:
-            if not (exc.held and "answered 404" in str(exc) and self._create(deadline)):
+            answer = ask()
+        except Refusal as exc:
+            if exc.status != 404 or exc.code != "RepoNotFound":
                 raise
-            answer = self._hub.call(deadline, method, path, value=value)
+            self._create(deadline, exc)
+            answer = ask()
         self._note_seen()
         return answer
 
-    def _create(self, deadline: Deadline) -> bool:
-        """Create the bucket if the user allowed it and it was never seen before; return whether it is there now."""
+    def _create(self, deadline: Deadline, missing: Refusal) -> None:
+        """Create the bucket if the user allowed it and it was never seen before; else raise what to do."""
         marker = self._options.seen_marker
-        if not self._options.create or marker is None:
-            return False
-        if marker.exists():
+        if marker is not None and self._bucket in read_seen(marker):
             text = (
-                f"{self.url} was there before and is gone. It is not created again by itself: if it was deleted on "
-                f"purpose, remove {marker}"
+                f"{self.url} was there before and is gone, or the token may not see it any more. It is not created "
+                f"again by itself: if it was deleted on purpose, remove {marker}, or create it yourself"
             )
             raise StoreError(text, permanent=False, held=True)
+        if not self._options.create or marker is None:
+            private = " --private" if self._options.create != "public" else ""
+            text = f"{missing}. To create it: hf buckets create {self._bucket}{private}   (or set create_bucket)"
+            raise StoreError(text, permanent=False, held=True) from missing
         visibility = {"visibility": self._options.create}
         try:
             self._hub.call(deadline, "POST", f"/api/buckets/{self._bucket}", value=visibility)
-        except StoreError as exc:
-            if "answered 409" not in str(exc):  # Another node was faster.
+        except Refusal as exc:
+            if exc.status != 409:  # Another node was faster.
                 raise
-        return True
 
     def _note_seen(self) -> None:
         """Remember on disk that the bucket is there, so that it is never created in the place of a lost one."""
-        marker = self._options.seen_marker
-        if marker is None or self._seen:
-            return
-        try:
-            temporary = marker.with_name(f".{marker.name}.tmp")
-            temporary.write_text(f"{self.url}\n", encoding="utf-8")
-            fs.publish(temporary, marker)
-        except OSError as exc:
-            raise StoreError(f"{marker} cannot be written: {exc}", permanent=False) from exc
-        self._seen = True
+        if self._options.seen_marker is not None and not self._noted:
+            note_seen(self._options.seen_marker, self._bucket)
+            self._noted = True
 
     def heads(self, keys: Sequence[str]) -> dict[str, ObjectInfo]:
         """Look up all of them, a thousand in a request."""
-        for key in keys:
-            check_key(key)
-        found = self._look(keys, Deadline(self._options.deadline_s))
+        found = self.look(keys, Deadline(self._options.deadline_s))
         return {key: ObjectInfo(key, file.size_bytes) for key, file in found.items()}
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Ask page by page; each page is a request of its own with its own deadline."""
+        """Ask page by page, each with its own deadline; sorted here, for in which order a Hub lists it does not say."""
         folder = prefix.rpartition("/")[0]
         if folder:
             check_key(folder)
-        return self._pages(self._base + prefix)
-
-    def _pages(self, start: str) -> Iterator[ObjectInfo]:
+        start = self._base + prefix
         query = urlencode({"recursive": "true", "limit": PAGE_SIZE})
-        tree = f"/api/buckets/{self._bucket}/tree{'/' + quote(start, safe='') if start else ''}"
-        path: str | None = f"{tree}?{query}"
-        last = ""
-        while path:
-            told, headers = self._call(Deadline(self._options.deadline_s), "GET", path)
-            for row in _rows(told):
-                key = str(row["path"]).removeprefix(self._base)
-                if row.get("type") == "file" and str(row["path"]).startswith(start) and key > last:
-                    last = key
-                    yield ObjectInfo(key, int(row["size"]))
-            path = _next_page(headers.get("Link", ""))
-            if path is not None and not path.startswith(f"{self._hub.endpoint}/"):
-                raise StoreError(f"a listing goes on at another server, {path}: refused", permanent=False, held=True)
+        page: str | None = f"/api/buckets/{self._bucket}/tree{'/' + quote(start, safe='') if start else ''}?{query}"
+        sizes: dict[str, int] = {}
+        asked = set()
+        while page:
+            if page in asked:
+                raise StoreError(f"a listing of {self.url} goes round in circles", permanent=False)
+            asked.add(page)
+            told, headers = self._call(Deadline(self._options.deadline_s), "GET", page)
+            sizes |= {file.path: file.size_bytes for file in _files(told) if file.path.startswith(start)}
+            page = _next_page(headers.get("Link", ""))
+        return (ObjectInfo(path.removeprefix(self._base), sizes[path]) for path in sorted(sizes))
 
     def get(self, key: str, target: Path) -> None:
         """Download beside `target` and rename it there."""
-        check_key(key)
-        deadline = Deadline(self._options.deadline_s)
-        file = self._look([key], deadline).get(key)
-        if file is None:
-            raise StoreError(f"no object {key} in {self.url}", permanent=True)
         temporary = target.with_name(f".get-{secrets.token_hex(8)}.tmp")
         try:
             try:
-                if file.size_bytes:
-                    self._content.download(deadline, file.hash, file.size_bytes, temporary)
-                else:
-                    temporary.touch()
-                fs.publish(temporary, target)
+                for _ in self.fetch([Download(key, temporary)]):
+                    fs.publish(temporary, target)
             finally:
                 fs.unlink(temporary)
         except OSError as exc:
             raise StoreError(f"cannot copy {key} to {target}: {exc}", permanent=False) from exc
 
+    def fetch(self, downloads: Sequence[Download]) -> Iterator[str]:
+        """Look up a thousand in a request; the bytes then cost the Hub no request at all."""
+        there = self.look([download.key for download in downloads], Deadline(self._options.deadline_s))
+        return fetch_all(self._content, self._options.deadline_s, self.url, downloads, there)
+
+    def watch(self) -> Generator[Changes, None, None]:
+        """Follow the bucket's feed of changes."""
+        url = f"{self._hub.endpoint}/api/buckets/{self._bucket}/events"
+        return watch(url, self._find_token, self._base)
+
     def delete(self, keys: Sequence[str]) -> None:
         """Remove the paths, a thousand in a request."""
-        for key in keys:
-            check_key(key)
+        paths = [self._path(key) for key in keys]
         failed: list[str] = []
-        for start in range(0, len(keys), OPERATIONS_MAX):
-            part = keys[start : start + OPERATIONS_MAX]
-            lines = [{"type": "deleteFile", "path": self._base + key} for key in part]
+        for start in range(0, len(paths), OPERATIONS_MAX):
+            lines = [{"type": "deleteFile", "path": path} for path in paths[start : start + OPERATIONS_MAX]]
             deadline = Deadline(self._options.deadline_s)
-            told, _ = self._hub.call(deadline, "POST", f"/api/buckets/{self._bucket}/batch", lines=lines)
-            refused = [str(row["path"]) for row in _list_of(told, "failed")]
+            refused = self._batch(lines, deadline)
             if refused:  # A path that was gone already may be told as failed.
-                failed += self._look([path.removeprefix(self._base) for path in refused], deadline)
+                failed += self.look([path.removeprefix(self._base) for path in refused], deadline)
         if failed:
             raise StoreError(f"{self.url} did not delete {failed[0]} and {len(failed) - 1} more", permanent=False)
 
-    def _find_token(self) -> str | None:
-        """Return the token of this moment: from the token file if one is configured, else from the Hub's own login."""
-        file = self._options.token_file
-        if file is None:
-            token: str | None = get_token()
-            return token
-        try:
-            return file.read_text(encoding="utf-8").strip() or None
-        except OSError as exc:
-            raise StoreError(f"the token file cannot be read: {exc}", permanent=False, held=True) from exc
 
-
-def _rows(told: Any) -> list[dict[str, Any]]:
-    if not isinstance(told, list):
-        raise StoreError("the Hub answered with what is no list of files", permanent=False)
-    return told
-
-
-def _list_of(told: Any, name: str) -> list[dict[str, Any]]:
-    if not isinstance(told, dict) or not isinstance(told.get(name, []), list):
-        raise StoreError(f"the Hub's answer to a batch says nothing about what {name}", permanent=False)
-    found: list[dict[str, Any]] = told.get(name, [])
-    return found
+def _files(told: Any) -> list[File]:
+    """Return the files of a list of entries; raises StoreError if it is none."""
+    files = []
+    # What is no list, or no object, counts as a file without anything a file has.
+    for row in told if isinstance(told, list) else [told]:
+        entry = row if isinstance(row, dict) else {}
+        if entry.get("type", "file") != "file":
+            continue
+        file = File(entry.get("path", ""), entry.get("xetHash", ""), entry.get("size", -1))
+        if [type(value) for value in file] != [str, str, int] or not file.path or file.size_bytes < 0:
+            raise StoreError("the Hub answered with what is no list of files", permanent=False)
+        files.append(file)
+    return files
 
 
 def _next_page(link: str) -> str | None:

@@ -4,23 +4,27 @@ Made with huggingface_hub's own client session, so proxies, certificates, `HF_EN
 but with time limits and errors of ours: the library's functions sleep as long as a server asks them to, and some of
 them wait for ever. Every answer that is no success becomes a StoreError of one of three classes:
 
-    transient   408, 429, 5xx, no connection, no answer, an answer that is not what the API says: try again later
-    held        401, 403, 404, 409, a redirect: keep everything, ask slowly, a person must do something
-    permanent   400, 413, 422 and the rest of 4xx: this request will never be taken
+    transient   408, 425, 429, 5xx, no connection, no answer, an answer that is not what the API says: try again later
+    permanent   400, 413, 414, 422, if the request is about files: it will never be taken
+    held        every other 4xx, and redirects: keep everything, ask slowly, a person must do something
 
-A token is looked up for each request and never kept, so a rotated one is picked up at once.
+A token is looked up for each request and never kept, so a rotated one is picked up at once. It goes to this Hub only.
+
+Each request runs in a thread of its own: name servers, logins that refresh themselves and servers that send a header
+in an hour heed no time limit, so whoever waits for them must be able to walk away.
 """
 
 import email.utils
+import hashlib
 import json
 import re
+import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx2
-from huggingface_hub import constants, get_session
-from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # Documented, not in its __all__.
+from huggingface_hub import close_session, constants, get_session
 
 from ranklog.errors import StoreError
 from ranklog.stores.base import Allowance
@@ -32,8 +36,34 @@ SILENCE_S = 30.0
 ANSWER_SIZE_MAX = 64 << 20
 
 _TRANSIENT = frozenset({408, 425, 429})
-_HELD = frozenset({401, 403, 404, 409, 410, 423, 451})
-_LIMIT = re.compile(r";\s*([rtqw])\s*=\s*(\d+)")
+_PERMANENT = frozenset({400, 413, 414, 422})
+_REMEDIES = {
+    401: 'Log in with "hf auth login", or put a valid token into the token file; no restart is needed',
+    402: "The account's plan or storage does not allow it",
+    403: "The token may not do this: it needs write access to the bucket",
+    404: "There is no such bucket, or the token may not see it",
+    429: "The Hub's rate limit, which all nodes of a user share; uploads slow down by themselves",
+}
+_LIMIT = re.compile(r";\s*([rtqw])\s*=\s*(\d{1,12})(?!\d)")
+
+
+class Refusal(StoreError):
+    """The Hub answered, and not with a success."""
+
+    def __init__(
+        self,
+        text: str,
+        status: int,
+        code: str = "",
+        *,
+        permanent: bool = False,
+        held: bool = False,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(text, permanent=permanent, held=held, retry_after_s=retry_after_s)
+        self.status = status
+        self.code = code
+        """What the Hub calls it, for example RepoNotFound; often nothing."""
 
 
 class Deadline:
@@ -52,21 +82,21 @@ class Deadline:
         return left_s
 
 
+class _Answer(NamedTuple):
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
 class Hub:
     """The API of one Hub. May be used by several threads."""
 
     def __init__(self, find_token: Callable[[], str | None]) -> None:
         self.endpoint: str = constants.ENDPOINT
         self.allowance: Allowance | None = None
+        self.login = b""
+        """Tells one login from another: a digest of the last token that was used."""
         self._find_token = find_token
-
-    def headers(self) -> dict[str, str]:
-        """Return the headers that say who asks, with the token of this moment."""
-        token = self._find_token()
-        headers: dict[str, str] = build_hf_headers(
-            token=token or False, library_name="ranklog", library_version=__version__
-        )
-        return headers
 
     def call(
         self,
@@ -76,13 +106,16 @@ class Hub:
         *,
         lines: list[dict[str, Any]] | None = None,
         value: Any = None,
+        files: bool = False,
     ) -> tuple[Any, Mapping[str, str]]:
         """Make one request and return (JSON, headers); `lines` go as NDJSON, `value` as JSON. Raises StoreError.
 
-        `path` may be a whole URL, as pages of a listing name the next one.
+        `path` may be a whole URL, as pages of a listing name the next one. `files` says that the request names files,
+        so that it may be one of those that the Hub does not like.
         """
-        url = path if path.startswith(("http://", "https://")) else f"{self.endpoint}{path}"
-        headers = self.headers()
+        url = self._url(path)
+        what = f"{method} {url.partition('?')[0]}"
+        headers = {"User-Agent": f"ranklog/{__version__}"}
         content = None
         if lines is not None:
             content = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
@@ -90,22 +123,61 @@ class Hub:
         elif value is not None:
             content = json.dumps(value).encode()
             headers["Content-Type"] = "application/json"
-        status, answer_headers, body = self._exchange(deadline, method, url, headers, content)
-        self._note_allowance(answer_headers)
-        if status == 422 and lines is not None:
-            status = 200  # Every operation failed: the body says so for each path.
-        if status != 200:
-            raise refusal(status, answer_headers, body, f"{method} {_short(url)}", time.time())
+        answer = self._exchange(deadline, what, lambda: self._send(deadline, method, url, headers, content))
+        self.allowance = read_allowance(answer.headers) or self.allowance
+        # A batch of which every operation failed answers 422, and says so for each path.
+        if not 200 <= answer.status < 300 and not (
+            answer.status == 422 and lines is not None and _tells_paths(answer.body)
+        ):
+            raise refusal(answer.status, answer.headers, answer.body, what, time.time(), files=files)
         try:
-            return json.loads(body or b"null"), answer_headers
-        except ValueError as exc:
-            text = f"{method} {_short(url)} answered 200 with what is not JSON: {body[:80]!r}. Is a proxy in the way?"
+            return json.loads(answer.body or b"null"), answer.headers
+        except (ValueError, RecursionError) as exc:
+            text = (
+                f"{what} answered {answer.status} with what is not JSON: {answer.body[:80]!r}. Is a proxy in the way?"
+            )
             raise StoreError(text, permanent=False) from exc
 
-    def _exchange(
+    def _url(self, path: str) -> str:
+        if not path.startswith(("http://", "https://")):
+            return f"{self.endpoint}{path}"
+        if not path.startswith(f"{self.endpoint}/"):  # The token must not go there.
+            text = f"{self.endpoint} sends us to another server, {path.partition('?')[0]}: refused"
+            raise StoreError(text, permanent=False, held=True)
+        return path
+
+    def _exchange(self, deadline: Deadline, what: str, send: Callable[[], _Answer]) -> _Answer:
+        """Return what `send` returns or raise its StoreError, but not after the deadline, whatever it does."""
+        outcome: list[_Answer | StoreError] = []
+
+        def work() -> None:
+            try:
+                outcome.append(send())
+            except StoreError as exc:
+                outcome.append(exc)
+
+        thread = threading.Thread(target=work, name="hub-request", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as exc:
+            raise StoreError(f"{what}: no thread to be had on this node: {exc}", permanent=False) from exc
+        thread.join(deadline.left_s())
+        if not outcome:
+            if thread.is_alive():
+                close_session()  # Its connection with it: the thread ends at its next byte. Others open a new one.
+                deadline.left_s()
+            raise StoreError(f"{what}: no answer within the deadline", permanent=False)
+        if isinstance(outcome[0], StoreError):
+            raise outcome[0]
+        return outcome[0]
+
+    def _send(
         self, deadline: Deadline, method: str, url: str, headers: dict[str, str], content: bytes | None
-    ) -> tuple[int, Mapping[str, str], bytes]:
-        """Send and read to the end, however slowly it comes, but not beyond the deadline."""
+    ) -> _Answer:
+        token = self._find_token()
+        self.login = hashlib.sha256((token or "").encode()).digest()
+        if token:
+            headers = headers | {"Authorization": f"Bearer {token}"}
         left_s = deadline.left_s()
         timeout = httpx2.Timeout(min(SILENCE_S, left_s), connect=min(CONNECT_S, left_s))
         body = bytearray()
@@ -117,38 +189,34 @@ class Hub:
                     body += part
                     deadline.left_s()
                     if len(body) > ANSWER_SIZE_MAX:
-                        raise StoreError(
-                            f"{_short(url)} answers with more than {ANSWER_SIZE_MAX} bytes", permanent=False
-                        )
-                return response.status_code, response.headers, bytes(body)
-        except (httpx2.HTTPError, httpx2.StreamError, httpx2.InvalidURL, OSError, RuntimeError) as exc:
+                        text = f"{method} {url.partition('?')[0]} answers with more than {ANSWER_SIZE_MAX} bytes"
+                        raise StoreError(text, permanent=False)
+                return _Answer(response.status_code, response.headers, bytes(body))
+        except (httpx2.HTTPError, httpx2.StreamError, httpx2.InvalidURL, OSError, RuntimeError, ValueError) as exc:
             # RuntimeError: another thread closed the session meanwhile, as the library does after a lost connection.
-            text = f"{method} {_short(url)}: {type(exc).__name__} {exc}".rstrip()
+            text = f"{method} {url.partition('?')[0]}: {type(exc).__name__} {exc}".rstrip()
             raise StoreError(f"{text}; is {self.endpoint} reachable from this node?", permanent=False) from exc
 
-    def _note_allowance(self, headers: Mapping[str, str]) -> None:
-        found = read_allowance(headers)
-        self.allowance = found or self.allowance
 
-
-def refusal(status: int, headers: Mapping[str, str], body: bytes, what: str, now_s: float) -> StoreError:
-    """Return the error that an answer means. Pure."""
+def refusal(
+    status: int, headers: Mapping[str, str], body: bytes, what: str, now_s: float, *, files: bool = False
+) -> Refusal:
+    """Return the error that an answer means; `files`: the request named files. Pure."""
+    code = headers.get("X-Error-Code", "")[:80]
     said = _said(body)
     text = f"{what} answered {status}{f': {said}' if said else ''}"
-    if status == 401:
-        text += '. Log in with "hf auth login", or put a valid token into the token file; no restart is needed'
-    elif status == 403:
-        text += ". The token may not do this: it needs write access to the bucket"
-    elif status == 404:
-        text += ". There is no such bucket, or the token may not see it"
-    elif status == 429:
-        text += ". The Hub's rate limit, which all nodes of a user share; uploads slow down by themselves"
+    remedy = _REMEDIES.get(status, "")
+    if status == 404 and code != "RepoNotFound":
+        remedy = "Is that a Hub, and is there no proxy in the way?"
+    elif 300 <= status < 400:
+        remedy = f"It sends us to {headers.get('Location', 'nowhere')[:200]!r}: was the bucket renamed?"
+    text += f". {remedy}" if remedy else ""
     if status in _TRANSIENT or status >= 500:
         wait_s = retry_after_s(headers, now_s)
         # A 429 always asks to slow down, even where it does not say for how long.
-        return StoreError(text, permanent=False, retry_after_s=0.0 if wait_s is None and status == 429 else wait_s)
-    held = status in _HELD or 300 <= status < 400
-    return StoreError(text, permanent=not held, held=held)
+        return Refusal(text, status, code, retry_after_s=0.0 if wait_s is None and status == 429 else wait_s)
+    permanent = files and status in _PERMANENT
+    return Refusal(text, status, code, permanent=permanent, held=not permanent)
 
 
 def retry_after_s(headers: Mapping[str, str], now_s: float) -> float | None:
@@ -159,10 +227,10 @@ def retry_after_s(headers: Mapping[str, str], now_s: float) -> float | None:
     if value:
         try:
             return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - now_s)
-        except (ValueError, OverflowError):
+        except (ValueError, TypeError, IndexError, OverflowError):
             pass
     found = dict(_LIMIT.findall(headers.get("RateLimit", "")))
-    return float(found["t"]) if found.get("r") == "0" and "t" in found else None
+    return float(found["t"]) if "t" in found and int(found.get("r", 1)) == 0 else None
 
 
 def read_allowance(headers: Mapping[str, str]) -> Allowance | None:
@@ -174,13 +242,17 @@ def read_allowance(headers: Mapping[str, str]) -> Allowance | None:
     return whole._replace(window_s=float(policy["w"])) if int(policy.get("w", 0)) else whole
 
 
+def _tells_paths(body: bytes) -> bool:
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and bool(value.get("failed"))
+
+
 def _said(body: bytes) -> str:
     try:
         value = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return ""
     return str(value.get("error", ""))[:200] if isinstance(value, dict) else ""
-
-
-def _short(url: str) -> str:
-    return url.partition("?")[0]
