@@ -42,7 +42,7 @@ def mount(root: Path, monkeypatch: pytest.MonkeyPatch, table: str) -> None:
 def settings_for(root: Path) -> Settings:
     return Settings(
         to="/data", runtime_dir=root / "run" / "ranklog", state_dir=root / "home" / "state" / "ranklog", uid=UID,
-        xdg_state=root / "home" / "state", xdg_data=root / "home" / "data",
+        xdg_state=root / "home" / "state", xdg_data=root / "home" / "data", read_cache_dir=root / "home" / "cache",
     )  # fmt: skip
 
 

@@ -327,7 +327,7 @@ def test_a_limit_on_the_size_of_files_costs_a_trainer_nothing(node: Node, spooli
     node.env |= {"RANKLOG_JOURNAL_FILE_SIZE_BYTES": "64K"}
     if not spooling:
         node.start_daemon()
-    command = oracle.witness("small", node, "--count", "6000", "--pause", "0.0003", "--no-finish")
+    command = oracle.witness("small", node, "--count", "6000", "--pause", "0.001", "--no-finish")
     done = node.run(["bash", "-c", 'ulimit -f 200 && exec "$@"', "-", *command])
     assert done.returncode == 0, done.stderr
     if spooling:
