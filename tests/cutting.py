@@ -8,6 +8,7 @@ node had promised by then:
     account NAME RETURNED DURABLE  as a witness's ledger has it; RETURNED before the record is written, DURABLE after
     POINT sleep PID                the failpoint that was asked for is reached: half a second to cut right there
     failed TEXT                    the disk answers with errors
+    died TEXT                      it raised what it must not
 """
 
 import hashlib
@@ -15,6 +16,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -253,6 +255,9 @@ def _told(pipe: Connection) -> Iterator[Callable[[str], None]]:
     except OSError as exc:
         tell(f"failed {exc!r}")
         signal.pause()
+    except BaseException:
+        tell(f"died {traceback.format_exc()!r}")
+        raise
 
 
 def drive(pipe: Connection, rooms: Rooms, order: Order) -> None:

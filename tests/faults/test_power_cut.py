@@ -79,8 +79,9 @@ class Machine:
         for disk in self._disks:
             disk.cut()
         process.join()
-        self._read(ours.fileno(), 30.0, "never")
+        told += self._read(ours.fileno(), 30.0, "never")
         ours.close()
+        assert not [line for line in told if line.startswith("died")], told[-1]
         assert blind or process.exitcode == -signal.SIGKILL, f"something else than an OSError ended it: {order}"
         for disk in self._disks:
             disk.power_on()
