@@ -42,6 +42,7 @@ def sync_dir(path: Path) -> None:
 
 def rename(source: Path, target: Path) -> None:
     """Rename within one filesystem; not durable before the caller syncs the directory."""
+    assert source != target, "the one name would be taken for a leftover of the other"
     os.rename(source, target)
     # A power cut between two directories may leave one file under both names, and then rename(2) does nothing.
     with contextlib.suppress(FileNotFoundError):

@@ -203,3 +203,14 @@ def test_a_planted_file_is_refused_without_waiting(tmp_path: Path, trap: str) ->
     with pytest.raises(OSError, match=re.escape(str(path))):
         fs.open_untrusted(path)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_rename_takes_away_what_a_power_cut_left_under_the_old_name_but_never_the_only_one(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.write_bytes(b"x")
+    os.link(old, new)
+    fs.rename(old, new)
+    assert not old.exists()
+    with pytest.raises(AssertionError):
+        fs.rename(new, new)
+    assert new.read_bytes() == b"x"

@@ -9,11 +9,13 @@ imported only when a URL asks for it, so a directory store never loads a network
 
 import importlib
 import re
+import secrets
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
+from ranklog import fs
 from ranklog.errors import MissingExtra, StoreError, UsageError
 
 KEY_SIZE_MAX = 1024
@@ -140,6 +142,19 @@ class Watched(Protocol):
         Then the changes as they come, and [] now and then where there are none. Ends where something may have been
         left out: watch again, list again. Raises StoreError if the feed fails or the server has none.
         """
+
+
+def get_by_fetch(store: Store, key: str, target: Path) -> None:
+    """Be the `get` of a store over the network: fetch beside `target`, then rename it there."""
+    temporary = target.with_name(f".get-{secrets.token_hex(8)}.tmp")
+    try:
+        try:
+            for _ in store.fetch([Download(key, temporary)]):
+                fs.publish(temporary, target)
+        finally:
+            fs.unlink(temporary)
+    except OSError as exc:
+        raise StoreError(f"cannot copy {key} to {target}: {exc}", permanent=False) from exc
 
 
 def check_key(key: str) -> None:

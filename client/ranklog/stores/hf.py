@@ -13,16 +13,14 @@ seen before and is gone is for a person to judge.
 
 import os
 import re
-import secrets
 from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
-from ranklog import fs
 from ranklog.errors import StoreError, UsageError
-from ranklog.stores.base import Allowance, Changes, Download, ObjectInfo, StoreOptions, Upload, check_key
+from ranklog.stores.base import Allowance, Changes, Download, ObjectInfo, StoreOptions, Upload, check_key, get_by_fetch
 from ranklog.stores.events import watch
 from ranklog.stores.fetch import fetch_all
 from ranklog.stores.hub import Deadline, Hub, Refusal
@@ -230,15 +228,7 @@ class BucketStore:
 
     def get(self, key: str, target: Path) -> None:
         """Download beside `target` and rename it there."""
-        temporary = target.with_name(f".get-{secrets.token_hex(8)}.tmp")
-        try:
-            try:
-                for _ in self.fetch([Download(key, temporary)]):
-                    fs.publish(temporary, target)
-            finally:
-                fs.unlink(temporary)
-        except OSError as exc:
-            raise StoreError(f"cannot copy {key} to {target}: {exc}", permanent=False) from exc
+        get_by_fetch(self, key, target)
 
     def fetch(self, downloads: Sequence[Download]) -> Iterator[str]:
         """Look up a thousand in a request; the bytes then cost the Hub no request at all."""

@@ -10,7 +10,6 @@ quarter, and none is tried again once a quarter is over.
 
 import contextlib
 import re
-import secrets
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -22,9 +21,8 @@ import obstore
 from obstore import exceptions
 from obstore.store import ObjectStore, from_url
 
-from ranklog import fs
 from ranklog.errors import StoreError, UsageError
-from ranklog.stores.base import Allowance, Download, ObjectInfo, StoreOptions, Upload, check_key
+from ranklog.stores.base import Allowance, Download, ObjectInfo, StoreOptions, Upload, check_key, get_by_fetch
 
 CONNECT_S = 10
 RETRIES_MAX = 2
@@ -166,16 +164,7 @@ class ObjectsStore:
 
     def get(self, key: str, target: Path) -> None:
         """Download beside `target` and rename it there."""
-        check_key(key)
-        temporary = target.with_name(f".get-{secrets.token_hex(8)}.tmp")
-        try:
-            try:
-                self._download(Download(key, temporary))
-                fs.publish(temporary, target)
-            finally:
-                fs.unlink(temporary)
-        except OSError as exc:
-            raise StoreError(f"cannot copy {key} to {target}: {exc}", permanent=False) from exc
+        get_by_fetch(self, key, target)
 
     def fetch(self, downloads: Sequence[Download]) -> Iterator[str]:
         """Download several at a time, a request each."""
