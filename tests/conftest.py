@@ -6,6 +6,7 @@
 At the end the time of each suite (a folder of tests) is printed.
 """
 
+import logging
 import os
 import signal
 from collections import defaultdict
@@ -24,6 +25,17 @@ settings.load_profile("ranklog")
 # `nohup` and shells' background jobs start us with signals ignored, which every process started by a test would inherit.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _loggers_as_they_were() -> Iterator[None]:
+    """A test that configures logging must not silence what the next one listens for."""
+    root = logging.getLogger()
+    level, disabled, handlers = root.level, logging.root.manager.disable, root.handlers[:]
+    yield
+    root.setLevel(level)
+    logging.disable(disabled)
+    root.handlers[:] = handlers
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

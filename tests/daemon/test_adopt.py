@@ -306,6 +306,7 @@ def test_offline_writers_come_in_on_request_only(place: Place) -> None:
 def test_a_hostile_file_is_left_alone_reported_once_and_its_neighbours_are_adopted(
     place: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("WARNING", "ranklogd")
     name = format_name(FileName(writer_id(9), 0, "journal"))
 
     def named(number: int) -> Path:
